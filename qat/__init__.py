@@ -1,0 +1,37 @@
+"""Quantization-aware training for Keras CNNs whose TFLite files hold the trained integers."""
+
+from qat import configs, quantizers, ste
+from qat.account import LayerAccount, quantization_report
+from qat.apply import quantize_model
+from qat.calibrate import calibrate
+from qat.export.tflite import export_tflite
+from qat.layers import FakeQuantize
+from qat.recipe import Recipe, Rule, TensorSpec
+from qat.saving import load_quantized_model, save_model
+from qat.scheme import scheme
+from qat.settle import settle_biases
+from qat.train import TrainConfig, fit
+from qat.verify.compare import Verification, verify_tflite
+
+__all__ = [
+    "FakeQuantize",
+    "LayerAccount",
+    "Recipe",
+    "Rule",
+    "TensorSpec",
+    "TrainConfig",
+    "Verification",
+    "calibrate",
+    "configs",
+    "export_tflite",
+    "fit",
+    "load_quantized_model",
+    "quantization_report",
+    "quantize_model",
+    "quantizers",
+    "save_model",
+    "scheme",
+    "settle_biases",
+    "ste",
+    "verify_tflite",
+]

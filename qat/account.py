@@ -1,0 +1,131 @@
+"""The account: what became of every layer of a quantized model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tf_keras
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
+    QuantizeWrapper,
+)
+
+from qat import configs
+from qat.canonical import Call, calls, consumers, functional
+from qat.errors import ModelError
+from qat.layers import FakeQuantize
+from qat.roles import FUSES, KEEPS_GRID, role, supports
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerAccount:
+    """One layer.
+
+    Attributes:
+        name, type: as the user built it.
+        weight_bits: of its kernel; None without a kernel or in float.
+        activation_bits: of the tensor that a kernel reads, else of the layer's output; None in
+            float and inside a fused operator.
+        method: the kernel quantizer's, else the output quantizer's; "" for neither.
+        fused_into: the layer whose operator of the file holds this one; "" for one of its own.
+        reason_if_float: why it stays in float32; None if it does not.
+    """
+
+    name: str
+    type: str
+    weight_bits: int | None
+    activation_bits: int | None
+    method: str
+    fused_into: str
+    reason_if_float: str | None
+
+
+def quantization_report(model: tf_keras.Model) -> list[LayerAccount]:
+    """A row for every layer of a quantized model, in order of execution.
+
+    Raises:
+        ValueError: a model without any quantizer.
+    """
+    model = functional(model)
+    if not any(isinstance(layer, FakeQuantize | QuantizeWrapper) for layer in model.layers):
+        raise ModelError(f"model {model.name!r} is not quantized; call qat.quantize_model first")
+    walk = _Walk(model)
+    rows = [walk.row(call) for call in calls(model) if not isinstance(call.layer, FakeQuantize)]
+    return list({row.name: row for row in rows}.values())
+
+
+class _Walk:
+    def __init__(self, model: tf_keras.Model):
+        self.producer = {id(out): call for call in calls(model) for out in call.outputs}
+        self.readers = consumers(model)
+        self.quantizer = {}
+        for call in calls(model):
+            if isinstance(call.layer, FakeQuantize):
+                self.quantizer[id(call.inputs[0])] = call.layer.quantizer
+
+    def row(self, call: Call) -> LayerAccount:
+        wrapper = call.layer
+        layer = _inner(wrapper)
+        kernel = _kernel_quantizer(wrapper)
+        output = self.quantizer.get(id(call.output)) or _output_quantizer(wrapper)
+        reads = self._grid_of(call.inputs[0]) if kernel else None
+        fused_into = self._fused_into(call, layer)
+        activation = reads or output
+        if activation is None and not fused_into and supports(layer) and role(layer) in KEEPS_GRID:
+            activation = self._grid_of(call.output)
+        return LayerAccount(
+            name=layer.name,
+            type=getattr(layer, "replaced", type(layer).__name__),
+            weight_bits=kernel.num_bits if kernel else None,
+            activation_bits=activation.num_bits if activation else None,
+            method=(kernel or output).method if kernel or output else "",
+            fused_into=fused_into,
+            reason_if_float=_reason(wrapper, layer, kernel),
+        )
+
+    def _grid_of(self, tensor):
+        """The quantizer on whose grid a tensor lies, seen through layers that only move values."""
+        while id(tensor) in self.producer:
+            call = self.producer[id(tensor)]
+            if isinstance(call.layer, FakeQuantize):
+                return call.layer.quantizer
+            if id(tensor) in self.quantizer or isinstance(call.layer, QuantizeWrapper):
+                return None
+            tensor = call.inputs[0]
+        return None
+
+    def _fused_into(self, call: Call, layer) -> str:
+        """Name of the layer whose operator computes this one too."""
+        if isinstance(layer, tf_keras.layers.Rescaling) and id(call.output) not in self.quantizer:
+            readers = [reader.layer for reader in self.readers[id(call.output)] if reader]
+            return ", ".join(_inner(reader).name for reader in readers)
+        source = self.producer.get(id(call.inputs[0]))
+        if source is None or isinstance(source.layer, FakeQuantize):
+            return ""
+        owner = _inner(source.layer)
+        if not (supports(owner) and supports(layer)):
+            return ""
+        if role(owner) not in FUSES.get(role(layer), ()):
+            return ""
+        return self._fused_into(source, owner) or owner.name
+
+
+def _inner(layer):
+    return layer.layer if isinstance(layer, QuantizeWrapper) else layer
+
+
+def _kernel_quantizer(layer):
+    weights = getattr(layer, "_weight_vars", None)
+    return weights[0][1] if weights else None
+
+
+def _output_quantizer(layer):
+    outputs = getattr(layer, "_output_quantizers", None)
+    return outputs[0] if outputs else None
+
+
+def _reason(wrapper, layer, kernel) -> str | None:
+    config = getattr(wrapper, "quantize_config", None)
+    reason = getattr(config, "keep_float", None)
+    if reason is None and configs.kernels(layer) and kernel is None:
+        return "not annotated for quantization"
+    return reason

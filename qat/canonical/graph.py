@@ -1,0 +1,141 @@
+"""Walking and rebuilding functional tf_keras models, one layer call at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qat.errors import ModelError
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a layer in a functional model.
+
+    Attributes:
+        layer: the layer called.
+        inputs, outputs: symbolic tensors, flat, in the layer's order.
+        arguments: (args, kwargs) of the call, symbolic tensors in place.
+    """
+
+    layer: tf_keras.layers.Layer
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    arguments: tuple[tuple, dict]
+
+    @property
+    def output(self) -> Any:
+        """The only output.
+
+        Raises:
+            ValueError: the call has several.
+        """
+        if len(self.outputs) != 1:
+            raise ModelError(
+                f"layer {self.layer.name!r} ({type(self.layer).__name__}) has "
+                f"{len(self.outputs)} outputs; only layers with one output can be quantized"
+            )
+        return self.outputs[0]
+
+
+def functional(model: tf_keras.Model) -> tf_keras.Model:
+    """The model as a functional one; Sequential shares its layers with the result.
+
+    Raises:
+        ValueError: not a tf_keras model, a subclassed one, or one that was never built.
+    """
+    if not isinstance(model, tf_keras.Model):
+        raise ValueError(
+            f"need a tf_keras model, got {type(model).__module__}.{type(model).__name__}"
+        )
+    if isinstance(model, tf_keras.Sequential):
+        if not model.built:
+            raise ModelError(
+                f"model {model.name!r} is not built: call model.build(input_shape) first"
+            )
+        return tf_keras.Model(model.inputs, model.outputs, name=model.name)
+    if not getattr(model, "_is_graph_network", False):
+        raise ModelError(
+            f"model {model.name!r} is subclassed ({type(model).__name__}); only functional and "
+            "Sequential models can be quantized: rebuild it with tf_keras.Model(inputs, outputs)"
+        )
+    return model
+
+
+def calls(model: tf_keras.Model) -> list[Call]:
+    """The calls of a functional model, producers before consumers, inputs' own left out."""
+    found = []
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            if not node.is_input:
+                found.append(
+                    Call(
+                        layer=node.layer,
+                        inputs=tuple(node.keras_inputs),
+                        outputs=tuple(tf.nest.flatten(node.outputs)),
+                        arguments=(node.call_args, node.call_kwargs),
+                    )
+                )
+    return found
+
+
+def consumers(model: tf_keras.Model) -> dict[int, list[Call | None]]:
+    """For the id of each symbolic tensor, the calls that read it; None stands for the caller
+    of the model, who reads its outputs."""
+    readers: dict[int, list[Call | None]] = {}
+    for call in calls(model):
+        for tensor in call.inputs:
+            readers.setdefault(id(tensor), []).append(call)
+    for tensor in model.outputs:
+        readers.setdefault(id(tensor), []).append(None)
+    return readers
+
+
+def rebuild(
+    model: tf_keras.Model,
+    visit: Callable[[Call, tuple, dict], Any],
+    on_input: Callable[[Any, Any], Any] = lambda old, new: new,
+) -> tf_keras.Model:
+    """A new functional model: `visit(call, args, kwargs)` gives each call's new outputs.
+
+    args and kwargs are the call's own with the new model's tensors in place. `on_input(old, new)`
+    may put something after each input.
+    """
+    inputs, replaced = [], {}
+    for tensor in model.inputs:
+        layer = tensor.node.layer
+        inputs.append(type(layer).from_config(layer.get_config()).output)
+        replaced[id(tensor)] = on_input(tensor, inputs[-1])
+    for call in calls(model):
+        args, kwargs = tf.nest.map_structure(
+            lambda value: replaced.get(id(value), value), call.arguments
+        )
+        outputs = tf.nest.flatten(visit(call, args, kwargs))
+        replaced.update(zip(map(id, call.outputs), outputs, strict=True))
+    # Dictionaries and single tensors stay what they were.
+    inputs = tf.nest.pack_sequence_as(model._nested_inputs, inputs)
+    outputs = tf.nest.map_structure(lambda old: replaced[id(old)], model._nested_outputs)
+    return tf_keras.Model(inputs, outputs, name=model.name)
+
+
+class LayerCopies:
+    """Copies of layers, each made once however often it is called, that start with its weights."""
+
+    def __init__(self):
+        self._copies: dict[int, tuple[tf_keras.layers.Layer, tf_keras.layers.Layer]] = {}
+
+    def __call__(self, layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+        if id(layer) not in self._copies:
+            copy = type(layer).from_config(layer.get_config())
+            copy.trainable = layer.trainable
+            self._copies[id(layer)] = layer, copy
+        return self._copies[id(layer)][1]
+
+    def copy_weights(self) -> None:
+        """Call once the copies are built, that is after the new model exists."""
+        for layer, copy in self._copies.values():
+            copy.set_weights(layer.get_weights())

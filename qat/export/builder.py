@@ -1,0 +1,170 @@
+"""Puts operators into a graph: constants, conversions between grids, clamps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from qat.export.graph import (
+    ExportError,
+    Graph,
+    Operator,
+    Tensor,
+    activation_dtype,
+    on_grid,
+    same_grid,
+)
+from qat.grid import Grid
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class Stored:
+    """A Keras tensor that exists in the file.
+
+    Attributes:
+        tensor: the file's tensor. grid: its frozen grid, None in float32.
+        gain: Keras value = gain · file value; a Rescaling leaves it to the kernels that read it.
+    """
+
+    tensor: Tensor
+    grid: Grid | None
+    gain: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+
+class Builder:
+    """A graph under construction; tensor names are made unique.
+
+    Args:
+        packed: kernels go into the smallest container that their operator runs, else int8.
+    """
+
+    def __init__(self, *, packed: bool = True):
+        self.packed = packed
+        self.graph = Graph()
+        self._names: set[str] = set()
+        self._floats: dict[int, Stored] = {}
+
+    def name(self, wanted: str) -> str:
+        name, count = wanted, 1
+        while name in self._names:
+            name, count = f"{wanted}_{count}", count + 1
+        self._names.add(name)
+        return name
+
+    def constant(self, name: str, data: np.ndarray, dtype: str, **quantization) -> Tensor:
+        return Tensor(
+            name=self.name(name), shape=np.shape(data), dtype=dtype, data=data, **quantization
+        )
+
+    def scalar(self, name: str, grid: Grid, code: float) -> Tensor:
+        """A constant of no dimensions on a grid."""
+        return on_grid(self.name(name), (), grid, np.asarray(code))
+
+    def activation(self, name: str, shape: tuple[int, ...], grid: Grid | None) -> Tensor:
+        return on_grid(self.name(name), tuple(shape), grid)
+
+    def operator(
+        self, name: str, version: int, inputs: list[Tensor], output: Tensor, options=None
+    ) -> Tensor:
+        self.graph.operators.append(
+            Operator(name=name, version=version, inputs=inputs, outputs=[output], options=options)
+        )
+        return output
+
+    def reshape(self, value: Stored, shape: tuple[int, ...], name: str) -> Stored:
+        """The same codes under another shape; the batch dimension stays free."""
+        if tuple(shape) == value.shape:
+            return value
+        target = np.asarray([-1, *shape[1:]], np.int32)
+        output = self.activation(name, shape, value.grid)
+        options = schema.ReshapeOptionsT()
+        options.newShape = target.tolist()
+        constant = self.constant(f"{name}/shape", target, "int32")
+        self.operator("RESHAPE", 1, [value.tensor, constant], output, options)
+        return dataclasses.replace(value, tensor=output)
+
+    def to_grid(self, value: Stored, grid: Grid, name: str) -> Stored:
+        """The value on another grid, with the clamp that the grid asks for.
+
+        8-bit codes are requantized by adding a zero: LiteRT's QUANTIZE rounds twice (reference) or
+        with a short multiplier (XNNPACK), its ADD gets all 256 codes right.
+        """
+        if value.grid is not None and same_grid(value.grid, grid):
+            return value
+        require_no_gain(value, name)
+        output = self.activation(name, value.shape, grid)
+        if value.grid is not None and value.tensor.dtype == output.dtype == "int8":
+            zero = self.scalar(f"{name}/zero", value.grid, value.grid.zero_point)
+            self.operator("ADD", 2, [value.tensor, zero], output, schema.AddOptionsT())
+        else:
+            version = 1 if value.grid is None else 2
+            self.operator("QUANTIZE", version, [value.tensor], output, schema.QuantizeOptionsT())
+        return self.clamped(Stored(output, grid), name, relu=_never_negative(value.grid))
+
+    def to_float(self, value: Stored, name: str) -> Stored:
+        """The value in float32, dequantized once however often it is read."""
+        if value.grid is None:
+            return value
+        key = id(value.tensor)
+        if key not in self._floats:
+            output = self.activation(f"{name}/float", value.shape, None)
+            self.operator("DEQUANTIZE", 2, [value.tensor], output, schema.DequantizeOptionsT())
+            self._floats[key] = Stored(output, None)
+        return dataclasses.replace(self._floats[key], gain=value.gain)
+
+    def clamped(self, value: Stored, name: str, *, relu: bool = False) -> Stored:
+        """Clamps codes below qmin where neither the container nor a ReLU at zero does it.
+
+        relu: no real value below 0 can arrive.
+        """
+        grid = value.grid
+        if grid is None or activation_dtype(grid) == "int16" or grid.qmin <= -128:
+            return value
+        if relu and int(grid.zero_point) == grid.qmin:
+            return value
+        lowest = self.scalar(f"{name}/lowest", grid, grid.qmin)
+        output = self.activation(f"{name}/clamped", value.shape, grid)
+        options = schema.MaximumMinimumOptionsT()
+        self.operator("MAXIMUM", 2, [value.tensor, lowest], output, options)
+        return Stored(output, grid)
+
+    def sign(self, value: Stored, grid: Grid, name: str) -> Stored:
+        """±1 of an integer tensor: GREATER_EQUAL zero, then SELECT_V2."""
+        if value.grid is None:
+            raise ExportError(f"{name!r}: the sign of a float tensor; quantize its producer")
+        if value.grid.scale >= 1.0:  # LiteRT aborts the process at 1, and shifts by < 0 above
+            raise ExportError(
+                f"{name!r}: the sign of a tensor in steps of {float(value.grid.scale):g}; LiteRT "
+                "needs steps below 1: give the kernel that reads it 8-bit activations"
+            )
+        zero = self.scalar(f"{name}/zero", value.grid, value.grid.zero_point)
+        is_positive = Tensor(name=self.name(f"{name}/positive"), shape=value.shape, dtype="bool")
+        self.operator(
+            "GREATER_EQUAL", 2, [value.tensor, zero], is_positive, schema.GreaterEqualOptionsT()
+        )
+        plus, minus = (
+            self.scalar(f"{name}/{label}", grid, code)
+            for label, code in (("plus", grid.qmax), ("minus", grid.qmin))
+        )
+        output = self.activation(name, value.shape, grid)
+        self.operator("SELECT_V2", 1, [is_positive, plus, minus], output, schema.SelectV2OptionsT())
+        return Stored(output, grid)
+
+
+def _never_negative(grid: Grid | None) -> bool:
+    return grid is not None and int(grid.zero_point) == grid.qmin
+
+
+def require_no_gain(value: Stored, name: str) -> None:
+    """A scale left over from a Rescaling can only go into a kernel."""
+    if value.gain != 1.0:
+        raise ExportError(
+            f"{name!r} reads a rescaled tensor that only a convolution or dense layer can absorb; "
+            "put the Rescaling in front of those alone"
+        )

@@ -1,0 +1,211 @@
+"""Keras layers with kernels → CONV_2D, DEPTHWISE_CONV_2D, TRANSPOSE_CONV, FULLY_CONNECTED."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tf_keras
+from ai_edge_litert import schema_py_generated as schema
+
+from qat import configs
+from qat.export.builder import Builder, Stored
+from qat.export.freeze import FrozenKernel
+from qat.export.graph import ExportError
+from qat.export.pending import Linear
+
+layers = tf_keras.layers
+PADDING = {"same": schema.Padding.SAME, "valid": schema.Padding.VALID}
+
+
+def lower_linear(
+    builder: Builder,
+    layer: layers.Layer,
+    x: Stored,
+    shape: tuple[int, ...],
+    frozen: FrozenKernel | None,
+) -> Linear:
+    """The layer's operator, before batch norm and ReLU fuse into it.
+
+    Args:
+        x: the tensor that the layer reads.
+        shape: of its output, batch 1.
+        frozen: the kernel's integers; None = the kernel stays in float.
+
+    Raises:
+        ExportError: options that the operator lacks.
+    """
+    ((attribute, axes),) = configs.kernels(layer).items()
+    kernel = frozen.codes if frozen else variable(layer, attribute)
+    channel_shape = [n if a - kernel.ndim in axes else 1 for a, n in enumerate(kernel.shape)]
+    channels = int(np.prod(channel_shape))
+    scale = None
+    if frozen is not None:
+        scale = np.broadcast_to(frozen.scale, channel_shape).reshape(-1).astype(np.float64)
+    common = {
+        "name": layer.name,
+        "x": x,
+        "shape": shape,
+        "scale": scale,
+        "bits": frozen.bits if frozen else 32,
+        "bias": variable(layer, "bias").astype(float) if layer.use_bias else np.zeros(channels),
+    }
+    return _LOWERINGS[type(layer)](builder, layer, kernel, common)
+
+
+def variable(layer: layers.Layer, name: str) -> np.ndarray:
+    """A variable of the layer by its own name.
+
+    Not `getattr`: a TFMOT wrapper leaves a symbolic tensor in the attribute.
+
+    Raises:
+        ExportError: no such variable, or values that are NaN or infinite.
+    """
+    for candidate in layer.variables:
+        if candidate.name.split(":")[0].split("/")[-1] == name:
+            value = candidate.numpy()
+            if not np.isfinite(value).all():
+                raise ExportError(
+                    f"layer {layer.name!r} has NaN or infinite {name}; training diverged: lower "
+                    "the learning rate and train again"
+                )
+            return value
+    raise ExportError(f"layer {layer.name!r} ({type(layer).__name__}) has no variable {name!r}")
+
+
+def _convolution_options(layer, options: Any, fused: int) -> Any:
+    strides, dilation = (1, *layer.strides)[-2:], (1, *layer.dilation_rate)[-2:]
+    options.padding = PADDING[layer.padding]
+    options.strideH, options.strideW = strides
+    options.dilationHFactor, options.dilationWFactor = dilation
+    options.fusedActivationFunction = fused
+    return options
+
+
+def _conv2d(builder, layer, kernel, common):
+    return Linear(
+        operator="CONV_2D",
+        kernel=kernel.transpose(3, 0, 1, 2),
+        channel_axis=0,
+        options=lambda fused: _convolution_options(layer, schema.Conv2DOptionsT(), fused),
+        **common,
+    )
+
+
+def _conv1d(builder, layer, kernel, common):
+    """A 1-D convolution is a 2-D one on an image of height 1."""
+    _, length, depth = common["x"].shape
+    keras_shape = common["shape"]
+    common |= {
+        "x": builder.reshape(common["x"], (1, 1, length, depth), f"{layer.name}/image"),
+        "shape": (1, 1, *keras_shape[1:]),
+    }
+    return Linear(
+        operator="CONV_2D",
+        kernel=kernel.transpose(2, 0, 1)[:, None],
+        channel_axis=0,
+        options=lambda fused: _convolution_options(layer, schema.Conv2DOptionsT(), fused),
+        reshape_to=keras_shape,
+        **common,
+    )
+
+
+def _depthwise(builder, layer, kernel, common):
+    height, width, depth, multiplier = kernel.shape
+
+    def options(fused):
+        made = _convolution_options(layer, schema.DepthwiseConv2DOptionsT(), fused)
+        made.depthMultiplier = multiplier
+        return made
+
+    return Linear(
+        operator="DEPTHWISE_CONV_2D",
+        kernel=kernel.reshape(1, height, width, depth * multiplier),
+        channel_axis=3,
+        options=options,
+        **common,
+    )
+
+
+def _transposed(builder, layer, kernel, common):
+
+    def options(fused):
+        made = schema.TransposeConvOptionsT()
+        made.padding = PADDING[layer.padding]
+        made.strideH, made.strideW = layer.strides
+        made.fusedActivationFunction = fused
+        return made
+
+    shape = np.asarray(common["shape"], np.int32)
+    return Linear(
+        operator="TRANSPOSE_CONV",
+        kernel=kernel.transpose(2, 0, 1, 3),
+        channel_axis=0,
+        options=options,
+        leading=(builder.constant(f"{layer.name}/output_shape", shape, "int32"),),
+        **common,
+    )
+
+
+def _dense(builder, layer, kernel, common):
+    def options(fused):
+        made = schema.FullyConnectedOptionsT()
+        made.fusedActivationFunction = fused
+        made.keepNumDims = len(common["shape"]) > 2
+        return made
+
+    return Linear(
+        operator="FULLY_CONNECTED", kernel=kernel.T, channel_axis=0, options=options, **common
+    )
+
+
+_LOWERINGS = {
+    layers.Conv1D: _conv1d,
+    layers.Conv2D: _conv2d,
+    layers.Conv2DTranspose: _transposed,
+    layers.DepthwiseConv2D: _depthwise,
+    layers.Dense: _dense,
+}
+
+
+def lower_affine(
+    builder: Builder,
+    name: str,
+    x: Stored,
+    multiplier: np.ndarray,
+    offset: np.ndarray,
+    *,
+    integer: bool,
+) -> Linear:
+    """`multiplier · x + offset` per channel as a 1×1 DEPTHWISE_CONV_2D.
+
+    The kernel's codes are ±127 (0 for a multiplier of 0) with a scale of their own per channel,
+    so the multiplier is exact and the output is rounded once.
+    """
+    channels = x.shape[-1]
+    multiplier = np.broadcast_to(multiplier, [channels]).astype(float)
+    keras_shape, image = x.shape, (1, 1, int(np.prod(x.shape[1:-1])), channels)
+    if len(keras_shape) == 4:
+        image = keras_shape
+
+    def options(fused):
+        made = schema.DepthwiseConv2DOptionsT()
+        made.padding, made.depthMultiplier = schema.Padding.VALID, 1
+        made.strideH = made.strideW = made.dilationHFactor = made.dilationWFactor = 1
+        made.fusedActivationFunction = fused
+        return made
+
+    kernel = 127 * np.sign(multiplier) if integer else multiplier
+    return Linear(
+        name=name,
+        x=builder.reshape(x, image, f"{name}/image"),
+        shape=image,
+        operator="DEPTHWISE_CONV_2D",
+        kernel=kernel.reshape(1, 1, 1, channels),
+        channel_axis=3,
+        scale=np.abs(multiplier) / 127 if integer else None,
+        bits=8,
+        bias=np.broadcast_to(offset, [channels]).astype(float),
+        options=options,
+        reshape_to=keras_shape if image != keras_shape else None,
+    )

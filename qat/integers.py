@@ -1,0 +1,182 @@
+"""The file's integers against the model's.
+
+Each quantizer is asked again for its codes and grid, and compared with the tensors that a plain
+reader of the bytes finds under the layer's name. Nothing here is shared with the code that wrote
+them: layouts, batch-norm folding and biases are worked out anew.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
+    QuantizeWrapper,
+)
+
+from qat.canonical import Call, calls, consumers, functional
+from qat.layers import FakeQuantize
+from qat.tflite_file import FileModel, FileTensor
+
+layers = tf_keras.layers
+# Parts of a layer's output that carry its grid under a name of their own.
+_OUTPUTS = r"(_\d+)?(/(int8|clamped|reshape|sign|output))?(_\d+)?"
+# Scales and biases are worked out in float64 and stored in float32.
+_FLOAT32_ERROR = 1e-6
+# A kernel's scale is raised only where its bias would leave int32.
+_RAISED_BIAS = 2**29
+
+
+def integer_mismatches(model: tf_keras.Model, file: FileModel) -> list[str]:
+    """Every tensor of the file whose integers, scale or zero point are not the model's; one line
+    each, empty if all agree."""
+    return _Comparison(functional(model), file).run()
+
+
+class _Comparison:
+    def __init__(self, model: tf_keras.Model, file: FileModel):
+        self.file = file
+        self.calls = calls(model)
+        self.readers = consumers(model)
+        self.producer = {id(call.output): call for call in self.calls}
+        self.names = {getattr(layer, "layer", layer).name for layer in model.layers}
+        # The tensors that a call has been found to own; a layer called twice owns two.
+        self.taken: set[str] = set()
+
+    def run(self) -> list[str]:
+        found: list[str] = []
+        for call in self.calls:
+            if isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars:
+                found += self.kernel_mismatches(call)
+            elif isinstance(call.layer, FakeQuantize):
+                found += self.grid_mismatches(call.layer)
+        return found
+
+    def grid_mismatches(self, layer: FakeQuantize) -> list[str]:
+        """The tensors named after the layer must lie on its grid, to the last bit."""
+        with tf.device("/CPU:0"):
+            grid = layer.quantizer.grid(layer.quantizer_weights).numpy()
+        base = layer.name.removesuffix("_fake_quantize")
+        pattern = re.compile(re.escape(base) + _OUTPUTS)
+        named = [
+            tensor
+            for tensor in self.file.tensors
+            if pattern.fullmatch(tensor.name)
+            and (tensor.name == base or tensor.name not in self.names)
+            and len(tensor.scale) == 1
+            and tensor.dtype != "uint8"
+        ]
+        expected = f"scale {float(grid.scale):.6g}, zero point {int(grid.zero_point)}"
+        if not named:
+            return [f"{layer.name}: no tensor named {base!r} has a scale; expected {expected}"]
+        return [
+            f"{tensor.name}: scale {tensor.scale[0]:.6g}, zero point {tensor.zero_point[0]}; "
+            f"the model has {expected}"
+            for tensor in named
+            if tensor.scale[0] != grid.scale or tensor.zero_point[0] != grid.zero_point
+        ]
+
+    def kernel_mismatches(self, call: Call) -> list[str]:
+        """Some operator with this layer's name must have its codes, scales and biases."""
+        layer = call.layer.layer
+        pattern = re.compile(re.escape(f"{layer.name}/kernel") + r"(_\d+)?")
+        reasons = []
+        for op in self.file.operators:
+            kernel = next((t for t in op.inputs if pattern.fullmatch(t.name)), None)
+            if kernel is None or kernel.name in self.taken:
+                continue
+            reason = self.operator_mismatch(call, kernel, op.inputs)
+            if reason is None:
+                self.taken.add(kernel.name)
+                return []
+            reasons.append(f"{kernel.name}: {reason}")
+        return reasons[:1] or [f"{layer.name}/kernel is missing from the file"]
+
+    def operator_mismatch(self, call: Call, kernel: FileTensor, inputs: tuple) -> str | None:
+        """What differs between a call and an operator of the file; None if nothing does."""
+        layer = call.layer.layer
+        ((weight, quantizer, weights),) = call.layer._weight_vars
+        with tf.device("/CPU:0"):
+            value = tf.convert_to_tensor(weight)
+            codes = quantizer.codes(value, weights).numpy()
+            scale = quantizer.grid(weights, value).numpy().scale
+        multiplier, offset = self.folded(call)
+        expected = _channels_last(layer, codes) * np.where(multiplier < 0, -1, 1)
+        if kernel.dtype == "float32":
+            return None  # the layer's input is float, and so is its operator
+        if kernel.data is None or kernel.data.size != expected.size:
+            return f"shape {kernel.shape}, the model has {codes.shape}"
+        stored = _channels_last_of_file(layer, kernel.data)
+        different = int((stored.reshape(expected.shape) != expected).sum())
+        if different:
+            return f"{different} of {expected.size} integers differ"
+        if kernel.zero_point.any():
+            return "the zero point is not 0"
+        step = _per_channel(layer, codes, scale) * np.abs(multiplier) * self.gain(call.inputs[0])
+        return _scale_or_bias_mismatch(kernel, inputs, step, self.bias(layer, multiplier, offset))
+
+    def folded(self, call: Call) -> tuple[np.ndarray, np.ndarray]:
+        """(multiplier, offset) of the batch norm that alone reads the call's output, float64."""
+        readers = self.readers[id(call.output)]
+        norm = readers[0].layer if len(readers) == 1 and readers[0] is not None else None
+        if not isinstance(norm, layers.BatchNormalization):
+            return np.asarray(1.0), np.asarray(0.0)
+        deviation = np.sqrt(norm.moving_variance.numpy().astype(float) + norm.epsilon)
+        gamma = norm.gamma.numpy().astype(float) if norm.scale else 1.0
+        beta = norm.beta.numpy().astype(float) if norm.center else 0.0
+        return gamma / deviation, beta - norm.moving_mean.numpy() * (gamma / deviation)
+
+    def bias(self, layer, multiplier, offset) -> np.ndarray:
+        own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
+        return own * multiplier + offset
+
+    def gain(self, tensor) -> float:
+        """Product of the Rescalings between a tensor and the grid it lies on."""
+        gain = 1.0
+        while id(tensor) in self.producer:
+            call = self.producer[id(tensor)]
+            if isinstance(call.layer, FakeQuantize):
+                break
+            if isinstance(call.layer, layers.Rescaling):
+                gain *= call.layer.scale
+            tensor = call.inputs[0]
+        return gain
+
+
+def _scale_or_bias_mismatch(kernel, inputs, step: np.ndarray, bias: np.ndarray) -> str | None:
+    """Compares a kernel's scales, and its biases in units of those."""
+    channels = len(kernel.scale)
+    step, bias = np.broadcast_to(step, channels), np.broadcast_to(bias, channels)
+    stored = kernel.scale.astype(float)
+    codes = next(t for t in inputs if t.dtype in ("int32", "int64") and len(t.scale) > 0)
+    x = next(t for t in inputs if t.data is None)
+    raised = (stored > step) & (np.abs(codes.data) >= _RAISED_BIAS)
+    raised |= step < np.finfo(np.float32).tiny
+    wrong = ~raised & (np.abs(stored - step) > _FLOAT32_ERROR * step)
+    if wrong.any():
+        return f"{int(wrong.sum())} of {channels} scales differ"
+    expected = bias / (float(x.scale[0]) * stored)
+    allowed = 0.5 + _FLOAT32_ERROR * np.abs(expected)
+    if (~raised & (np.abs(codes.data - expected) > allowed)).any():
+        return f"the bias {codes.name} differs"
+    return None
+
+
+def _channels_last(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
+    """A Keras kernel with its output channels as the last axis."""
+    if isinstance(layer, layers.DepthwiseConv2D):
+        return kernel.reshape(*kernel.shape[:2], -1)
+    return np.moveaxis(kernel, -2, -1) if type(layer) is layers.Conv2DTranspose else kernel
+
+
+def _channels_last_of_file(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
+    """A file's kernel likewise; only depthwise ones have their channels last already."""
+    return kernel if isinstance(layer, layers.DepthwiseConv2D) else np.moveaxis(kernel, 0, -1)
+
+
+def _per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A quantizer's scale, per tensor or per channel, as a vector or a number."""
+    spread = np.broadcast_to(scale, [1] * codes.ndim) if scale.ndim == 0 else scale
+    return _channels_last(layer, spread).reshape(-1).astype(float)

@@ -1,0 +1,81 @@
+"""Keras layers that the quantizer puts into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qat.quantizers import GridQuantizer
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class ReplacedBySign(tf_keras.layers.Layer):
+    """The identity, in the place of a ReLU whose readers take the sign of its input instead.
+
+    Args:
+        replaced: class name of the layer that stood here.
+    """
+
+    def __init__(self, replaced: str, **kwargs):
+        super().__init__(**kwargs)
+        self.replaced = replaced
+
+    def call(self, inputs):
+        return inputs
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "replaced": self.replaced}
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class FakeQuantize(tf_keras.layers.Layer):
+    """Fake-quantizes the tensor that flows through it.
+
+    Called twice it gives two tensors one grid; `observe=False` keeps a call's data out of the
+    range, for a tensor that lives on another's grid (average pooling).
+
+    Args:
+        quantizer: a `GridQuantizer`.
+    """
+
+    def __init__(self, quantizer: GridQuantizer, **kwargs):
+        super().__init__(**kwargs)
+        if not isinstance(quantizer, GridQuantizer):
+            raise ValueError(
+                f"FakeQuantize {self.name!r} needs a qat.quantizers quantizer, got {quantizer!r}"
+            )
+        self.quantizer = quantizer
+        # Set by qat.calibrate: the range is observed though the model runs as in inference.
+        self.observing = False
+
+    def build(self, input_shape):
+        self.quantizer_weights = self.quantizer.build(input_shape, "output", self)
+        super().build(input_shape)
+
+    def call(self, inputs, training=None, observe: bool = True):
+        if tf.is_tensor(training):
+            return tf.cond(
+                tf.cast(training, tf.bool),
+                lambda: self.quantizer(inputs, observe, weights=self.quantizer_weights),
+                lambda: self.quantizer(inputs, False, weights=self.quantizer_weights),
+            )
+        training = bool(training or self.observing) and observe
+        return self.quantizer(inputs, training, weights=self.quantizer_weights)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        quantizer = tf_keras.utils.legacy.serialize_keras_object(self.quantizer)
+        return {**super().get_config(), "quantizer": quantizer}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FakeQuantize:
+        config = dict(config)
+        quantizer = tf_keras.utils.legacy.deserialize_keras_object(config.pop("quantizer"))
+        return cls(quantizer, **config)

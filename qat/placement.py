@@ -1,0 +1,233 @@
+"""Where the activation quantizers go: one grid wherever the integer file has a tensor.
+
+An operator of the file is a fused group (convolution, batch normalization, ReLU), so its inner
+tensors get no quantizer and its output gets one. Layers that only move values keep the grid of
+their input. Activations below 8 bits belong to the tensor that a kernel reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tf_keras
+
+from qat import configs, quantizers
+from qat.canonical.graph import Call, calls, consumers, rebuild
+from qat.layers import FakeQuantize, ReplacedBySign
+from qat.recipe import RecipeError, TensorSpec
+from qat.roles import FIXED_BOUND_16, FIXED_RANGES, FUSES, Role, activation_name, role, supports
+
+layers = tf_keras.layers
+_FUSES_INTO_CONCAT = (*FUSES[Role.RELU], Role.RELU)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What the recipe says of one layer: specs, or the reason why it stays in float."""
+
+    weights: TensorSpec | None = None
+    activations: TensorSpec | None = None
+    keep_float: str | None = None
+
+
+def place_quantizers(
+    model: tf_keras.Model,
+    decisions: Mapping[str, Decision],
+    *,
+    input_range: tuple[float, float] | None = None,
+    wrap: Callable[[layers.Layer], layers.Layer] = lambda layer: layer,
+) -> tf_keras.Model:
+    """A new model with `FakeQuantize` layers, sharing all its other layers with `model`.
+
+    Where a kernel reads 1-bit activations, the ReLU in front of it becomes the identity: the
+    sign takes its place.
+
+    Args:
+        model: canonical functional model.
+        decisions: by layer name, for every layer.
+        input_range: (minimum, maximum) of the model's inputs; None = observed like any other.
+        wrap: what to put in a layer's place, e.g. the wrapper that quantizes its kernel.
+
+    Raises:
+        UnsupportedLayerError: a quantized layer has no integer operator.
+        RecipeError: 16-bit activations mixed with narrower ones.
+    """
+    placement = _Placement(model, decisions, input_range, wrap)
+    return rebuild(model, placement.visit, placement.on_input)
+
+
+class _Placement:
+    def __init__(self, model, decisions, input_range, wrap):
+        self.decisions = decisions
+        self.input_range = input_range
+        self.readers = consumers(model)
+        self.producer = {id(out): call for call in calls(model) for out in call.outputs}
+        self.wide = _wide_spec(decisions)
+        self.roles: dict[int, Role] = {}
+        for call in reversed(calls(model)):  # a role can depend on the readers' roles
+            self.roles[id(call.output)] = self._role(call)
+        # For the id of a new tensor, the quantizer layer on whose grid it lies.
+        self.source: dict[int, FakeQuantize] = {}
+        # Low-bit versions of a tensor, made once for all kernels that read it alike.
+        self.narrowed: dict[tuple[int, str], Any] = {}
+        self.names = {layer.name for layer in model.layers}
+        self.wrap = wrap
+        # A layer called several times gets one wrapper.
+        self.wrappers: dict[int, layers.Layer] = {}
+
+    # What the old model says.
+
+    def _role(self, call: Call) -> Role:
+        if not self._is_integer(call) and not supports(call.layer):
+            return Role.COMPUTE
+        found = role(call.layer)
+        if found is Role.RELU and self._feeds_sign(call):
+            return Role.IDENTITY
+        if isinstance(call.layer, layers.Rescaling) and self._is_gain(call):
+            return Role.PASS
+        return found
+
+    def _role_of(self, call: Call) -> Role:
+        return self.roles[id(call.output)]
+
+    def _is_integer(self, call: Call | None) -> bool:
+        """Whether the call is an integer operator of the file; the model's caller is none."""
+        return call is not None and self.decisions[call.layer.name].keep_float is None
+
+    def _moves_only(self, call: Call | None) -> bool:
+        return call is not None and self._role_of(call) in (Role.PASS, Role.IDENTITY)
+
+    def _final_readers(self, tensor: Any) -> list[Call | None]:
+        """Readers of a tensor, seen through the layers that only move values."""
+        found = []
+        for reader in self.readers.get(id(tensor), []):
+            found += self._final_readers(reader.output) if self._moves_only(reader) else [reader]
+        return found
+
+    def _read_spec(self, call: Call | None) -> TensorSpec | None:
+        """The spec of the tensor that a quantized kernel reads; None for all other readers."""
+        if self._is_integer(call) and self._role_of(call) is Role.LINEAR:
+            return self.decisions[call.layer.name].activations
+        return None
+
+    def _feeds_sign(self, call: Call) -> bool:
+        specs = [self._read_spec(reader) for reader in self._final_readers(call.output)]
+        return any(spec is not None and spec.method == "binary" for spec in specs)
+
+    def _is_gain(self, call: Call) -> bool:
+        """A Rescaling that every reader's kernel absorbs: it relabels the scale, codes stay."""
+        scale, offset = call.layer.scale, call.layer.offset
+        plain = isinstance(scale, int | float) and scale > 0 and offset == 0
+        readers = self._final_readers(call.output)
+        return plain and all(self._read_spec(reader) is not None for reader in readers)
+
+    def _inside_operator(self, call: Call) -> bool:
+        """Whether the output is an inner tensor of a fused operator, which has no grid."""
+        readers = self.readers.get(id(call.output), [])
+        if len(readers) != 1 or readers[0] is None:
+            return False
+        mine, its = self._role_of(call), self._role_of(readers[0])
+        stays_integer = not self._is_integer(call) or self._is_integer(readers[0])
+        if its in FUSES:
+            return mine in FUSES[its] and stays_integer
+        both = self._is_integer(call) and stays_integer
+        return its is Role.CONCAT and mine in _FUSES_INTO_CONCAT and both
+
+    def _touches_integers(self, tensor: Any) -> bool:
+        """Whether the producer or some reader of the tensor computes in integers."""
+        parties = [self.producer.get(id(tensor)), *self._final_readers(tensor)]
+        return any(self._is_integer(party) for party in parties)
+
+    def _spec(self, tensor: Any) -> TensorSpec:
+        """Wide, unless every reader is a kernel that wants the same narrow uniform grid."""
+        specs = [self._read_spec(reader) for reader in self._final_readers(tensor)]
+        narrow = specs and all(spec == specs[0] for spec in specs) and specs[0] is not None
+        return specs[0] if narrow and specs[0].method != "binary" else self.wide
+
+    # What the new model gets.
+
+    def on_input(self, old: Any, new: Any) -> Any:
+        if not self._touches_integers(old):
+            return new
+        quantizer = configs.activation_quantizer(self.wide)
+        if self.input_range is not None:
+            quantizer = _fixed_range(*self.input_range, self.wide)
+        return self._quantize(new, quantizer, new.node.layer.name)
+
+    def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
+        layer, found = call.layer, self._role_of(call)
+        spec = self._read_spec(call)
+        if spec is not None and args:
+            args = (self._narrow(args[0], spec, layer.name), *args[1:])
+        if found is Role.IDENTITY and role(layer) is Role.RELU:
+            name = layer.name if len(layer.inbound_nodes) == 1 else self._unique(layer.name)
+            layer = ReplacedBySign(type(layer).__name__, name=name)
+        else:
+            layer = self._wrapped(layer)
+        new = layer(*args, **kwargs)
+        grid_layer = self.source.get(id(args[0])) if args and call.inputs else None
+        if found in (Role.PASS, Role.IDENTITY):
+            return self._lies_on(new, grid_layer)
+        if found is Role.AVERAGE and grid_layer is not None and self._is_integer(call):
+            return self._lies_on(grid_layer(new, observe=False), grid_layer)
+        if self._inside_operator(call) or not self._touches_integers(call.output):
+            return new
+        return self._quantize(new, self._output_quantizer(call), call.layer.name)
+
+    def _wrapped(self, layer: layers.Layer) -> layers.Layer:
+        if id(layer) not in self.wrappers:
+            self.wrappers[id(layer)] = self.wrap(layer)
+        return self.wrappers[id(layer)]
+
+    def _output_quantizer(self, call: Call) -> quantizers.GridQuantizer:
+        if self._role_of(call) is Role.FIXED:
+            if self.wide.bits == 16:  # one scale for all of them: 2^-15
+                return _fixed_range(-FIXED_BOUND_16, FIXED_BOUND_16, self.wide)
+            return _fixed_range(*FIXED_RANGES[activation_name(call.layer)], self.wide)
+        return configs.activation_quantizer(self._spec(call.output))
+
+    def _quantize(self, tensor: Any, quantizer: quantizers.GridQuantizer, name: str) -> Any:
+        grid_layer = FakeQuantize(quantizer, name=self._unique(f"{name}_fake_quantize"))
+        return self._lies_on(grid_layer(tensor), grid_layer)
+
+    def _lies_on(self, tensor: Any, grid_layer: FakeQuantize | None) -> Any:
+        if grid_layer is not None:
+            self.source[id(tensor)] = grid_layer
+        return tensor
+
+    def _narrow(self, tensor: Any, spec: TensorSpec, name: str) -> Any:
+        """The tensor on the grid that this kernel reads."""
+        source = self.source.get(id(tensor))
+        if source is None or spec.bits >= self.wide.bits:
+            return tensor
+        quantizer = configs.activation_quantizer(spec)
+        if source.quantizer == quantizer:
+            return tensor
+        key = id(tensor), repr(spec)
+        if key not in self.narrowed:
+            self.narrowed[key] = tensor, self._quantize(tensor, quantizer, f"{name}_input")
+        return self.narrowed[key][1]
+
+    def _unique(self, name: str) -> str:
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        return name
+
+
+def _wide_spec(decisions: Mapping[str, Decision]) -> TensorSpec:
+    bits = {d.activations.bits for d in decisions.values() if d.activations is not None}
+    if 16 in bits and bits != {16}:
+        raise RecipeError(
+            f"16-bit activations cannot be mixed with {sorted(bits - {16})} in one model; "
+            "give every layer 16, or none"
+        )
+    return TensorSpec(bits=16 if bits == {16} else 8)
+
+
+def _fixed_range(minimum: float, maximum: float, spec: TensorSpec) -> quantizers.GridQuantizer:
+    return quantizers.FixedRangeQuantizer(
+        minimum=minimum, maximum=maximum, num_bits=spec.bits, symmetric=spec.bits == 16
+    )

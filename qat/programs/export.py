@@ -1,0 +1,48 @@
+"""Exports a quantized model (qat_model.keras of a training run) as a TFLite file.
+
+Example:
+  qat-export --qat_model=runs/digits/qat_model.keras --output=model.tflite --io=uint8
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from qat.programs import program
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Declares the program's flags."""
+    flags.DEFINE_string("qat_model", None, "qat_model.keras, as qat-train writes it.")
+    flags.DEFINE_string("output", None, "The .tflite file to write.")
+    flags.DEFINE_enum("target", "litert", ["litert"], "Kernels that will run the file.")
+    flags.DEFINE_enum("io", "float32", ["float32", "int8", "uint8"], "Inputs and outputs.")
+    flags.DEFINE_enum("weight_storage", "size", ["size", "speed"], "Smallest, or int8 for speed.")
+    flags.mark_flags_as_required(["qat_model", "output"])
+
+
+def main() -> None:
+    """Loads the model, writes the file, prints what it holds."""
+    from qat.export.tflite import export_tflite
+    from qat.saving import load_quantized_model
+    from qat.tflite_file import read_file
+
+    model = load_quantized_model(FLAGS.qat_model)
+    path = export_tflite(
+        model,
+        FLAGS.output,
+        target=FLAGS.target,
+        io=FLAGS.io,
+        weight_storage=FLAGS.weight_storage,
+    )
+    file = read_file(path)
+    operators = ", ".join(f"{name} x {n}" for name, n in file.operator_counts().items())
+    print(f"{path}: {path.stat().st_size} bytes, weights {file.weight_bytes()}; {operators}")
+
+
+def run() -> None:
+    """Entry point."""
+    define_flags()
+    program.run(main, __doc__)

@@ -1,0 +1,75 @@
+"""report.json for machines and report.md for people; both appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jinja2
+
+from qat.errors import UserError
+from qat.files import write_whole
+
+SCHEMA_VERSION = 1
+STRICT_AGREEMENT = 0.99
+
+
+def write_reports(folder: str | os.PathLike, report: dict[str, Any]) -> None:
+    """Writes report.json and report.md into the folder.
+
+    Args:
+        report: the keys of report.json but schema_version; infinite numbers become null.
+    """
+    folder = pathlib.Path(folder)
+    report = _json_able({"schema_version": SCHEMA_VERSION, **report})
+    write_whole(folder / "report.json", to_json(report))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qat"), trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.get_template("report.md.j2").render(**report)
+    write_whole(folder / "report.md", text.encode())
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report in a few lines for the terminal."""
+    accuracy, tflite = report["accuracy"], report["tflite"]
+    return (
+        f"{report['model']} {report['recipe']} on {report['dataset']}, seed {report['seed']}: "
+        f"accuracy float {accuracy['float']:.4f}, quantized {accuracy['qat']:.4f}, "
+        f"file {accuracy['tflite']:.4f}; same class {report['agreement']:.4f}; "
+        f"{tflite['bytes']} bytes; integers "
+        f"{'match' if report['integers_match'] else 'DIFFER'}; float operators: "
+        f"{', '.join(tflite['float_operators']) or 'none'}"
+    )
+
+
+def require_strict(report: dict[str, Any]) -> None:
+    """Raises UserError for the first thing in a report that a release must not have."""
+    agreement = report["agreement"]
+    if not report["integers_match"]:
+        raise UserError("--strict: the file's integers differ from the model's")
+    if report["tflite"]["float_operators"]:
+        names = ", ".join(report["tflite"]["float_operators"])
+        raise UserError(f"--strict: these operators compute in float: {names}")
+    if agreement is not None and agreement < STRICT_AGREEMENT:
+        raise UserError(
+            f"--strict: file and model agree on {agreement:.4f}, below {STRICT_AGREEMENT}"
+        )
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """Indented JSON that ends in a newline, UTF-8."""
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _json_able(value: Any) -> Any:
+    """The value with infinite and NaN numbers as None, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _json_able(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_able(item) for item in value]
+    if isinstance(value, float) and not (float("-inf") < value < float("inf")):
+        return None
+    return value

@@ -1,0 +1,191 @@
+"""The glue to TFMOT: a QuantizeScheme whose layout transform applies a recipe to a whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import tensorflow_model_optimization as tfmot
+import tf_keras
+
+from qat import configs
+from qat.canonical import calls, canonicalize
+from qat.placement import Decision, place_quantizers
+from qat.recipe import Recipe, RecipeError, Rule, load_recipe
+from qat.wrapper import KernelWrapper
+
+_keras = tfmot.quantization.keras
+NOT_ANNOTATED = "not annotated for quantization"
+
+
+def scheme(
+    recipe: str | Recipe, *, input_range: tuple[float, float] | None = None
+) -> QuantizeScheme:
+    """The TFMOT scheme of a recipe, for `tfmot.quantization.keras.quantize_apply(model, scheme)`.
+
+    Layers that are not annotated stay in float; a `LayerQuantizeConfig` given with an annotation
+    goes before the recipe's rules.
+
+    Args:
+        recipe: a grammar name such as "w4a8", a JSON file's path, or a `Recipe`.
+        input_range: (minimum, maximum) of the inputs, e.g. (0, 255) for image bytes; None =
+            observed in training and calibration.
+
+    Raises:
+        RecipeError: as `load_recipe`; later, rules that match no layer.
+    """
+    return QuantizeScheme(load_recipe(recipe), input_range)
+
+
+class QuantizeScheme(_keras.QuantizeScheme):
+    """See `scheme`."""
+
+    def __init__(self, recipe: Recipe, input_range: tuple[float, float] | None = None):
+        self.recipe = recipe
+        self.input_range = input_range
+
+    def get_layout_transformer(self) -> LayoutTransform:
+        return LayoutTransform(self.recipe, self.input_range)
+
+    def get_quantize_registry(self) -> QuantizeRegistry:
+        return QuantizeRegistry(self.recipe)
+
+
+class QuantizeRegistry(_keras.QuantizeRegistry):
+    """Gives every layer with a kernel the config of the recipe's rules that need no position."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def supports(self, layer: tf_keras.layers.Layer) -> bool:
+        return bool(configs.kernels(layer))
+
+    def get_quantize_config(self, layer: tf_keras.layers.Layer) -> configs.LayerQuantizeConfig:
+        return _config(_first_match(self.recipe, _Subject(layer, layer, ())))
+
+
+class LayoutTransform(_keras.QuantizeLayoutTransform):
+    """Canonical form, then the recipe's decisions, then the activation quantizers."""
+
+    def __init__(self, recipe: Recipe, input_range: tuple[float, float] | None):
+        self.recipe = recipe
+        self.input_range = input_range
+
+    def apply(self, model: tf_keras.Model, layer_quantize_map: dict) -> tuple:
+        # 1. One layer per operator.
+        given = {layer.name: layer for layer in model.layers}
+        model, origins = canonicalize(model)
+        origins = {name: given[origin] for name, origin in origins.items()}
+        # 2. What each layer is to become.
+        annotated = {
+            name: layer_quantize_map[origin.name].get("quantize_config")
+            for name, origin in origins.items()
+            if origin.name in layer_quantize_map and origin.name not in model.input_names
+        }
+        decisions = decide(model, self.recipe, annotated, origins)
+
+        def wrap(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+            if layer.name not in annotated or not _needs_wrapper(layer, decisions[layer.name]):
+                return layer
+            return KernelWrapper(layer, _given_or_made(layer, annotated, decisions))
+
+        # 3. Kernel and activation quantizers, and signs in place of ReLUs.
+        model = place_quantizers(model, decisions, input_range=self.input_range, wrap=wrap)
+        # 4. quantize_apply has nothing left to wrap.
+        return model, {}
+
+
+def _needs_wrapper(layer: tf_keras.layers.Layer, decision: Decision) -> bool:
+    return bool(configs.kernels(layer)) or decision.keep_float is not None
+
+
+def _given_or_made(layer, annotated: dict, decisions: dict[str, Decision]):
+    given = annotated[layer.name]
+    if given is not None and not isinstance(given, configs.LayerQuantizeConfig):
+        return given
+    return _config(decisions[layer.name])
+
+
+def _config(decision: Decision) -> configs.LayerQuantizeConfig:
+    return configs.LayerQuantizeConfig(weights=decision.weights, keep_float=decision.keep_float)
+
+
+def decide(
+    model: tf_keras.Model,
+    recipe: Recipe,
+    annotated: dict[str, object],
+    origins: Mapping[str, tf_keras.layers.Layer] = MappingProxyType({}),
+) -> dict[str, Decision]:
+    """What the recipe says of every layer of a canonical model.
+
+    Args:
+        annotated: by name, the layers to quantize, each with its own config or None.
+        origins: by name, the user's layer that a layer came from; rules may name either.
+
+    Raises:
+        RecipeError: a rule that matches no annotated layer, or layers without any rule.
+    """
+    order = list(dict.fromkeys(call.layer.name for call in calls(model)))
+    by_name = {layer.name: layer for layer in model.layers}
+    positions = _positions([by_name[n] for n in order if n in annotated])
+    subjects = {
+        name: _Subject(by_name[name], origins.get(name, by_name[name]), positions.get(name, ()))
+        for name in order
+    }
+    candidates = [subjects[name] for name in order if name in annotated]
+    for rule in recipe.rules:
+        if not any(subject.meant_by(rule) for subject in candidates):
+            names = ", ".join(f"{s.layer.name} ({type(s.layer).__name__})" for s in candidates[:20])
+            raise RecipeError(f"recipe {recipe.name!r}: {rule} matches no layer; layers: {names}")
+    return {name: _decision(recipe, subject, annotated) for name, subject in subjects.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """A layer as rules see it."""
+
+    layer: tf_keras.layers.Layer
+    origin: tf_keras.layers.Layer
+    positions: tuple[str, ...]
+
+    def meant_by(self, rule: Rule) -> bool:
+        return any(
+            rule.matches(layer.name, type(layer).__name__, self.positions)
+            for layer in (self.layer, self.origin)
+        )
+
+
+def _positions(layers: list[tf_keras.layers.Layer]) -> dict[str, tuple[str, ...]]:
+    with_kernel = [layer.name for layer in layers if configs.kernels(layer)]
+    found: dict[str, tuple[str, ...]] = {}
+    if with_kernel:
+        found[with_kernel[0]] = ("first",)
+        found[with_kernel[-1]] = (*found.get(with_kernel[-1], ()), "last")
+    return found
+
+
+def _decision(recipe: Recipe, subject: _Subject, annotated: dict) -> Decision:
+    name = subject.layer.name
+    if name not in annotated:
+        return Decision(keep_float=NOT_ANNOTATED)
+    chosen = _first_match(recipe, subject)
+    given = annotated[name]
+    if isinstance(given, configs.LayerQuantizeConfig):
+        return Decision(
+            weights=given.weights,
+            activations=None if given.keep_float else chosen.activations,
+            keep_float=given.keep_float,
+        )
+    return chosen
+
+
+def _first_match(recipe: Recipe, subject: _Subject) -> Decision:
+    for rule in recipe.rules:
+        if subject.meant_by(rule):
+            return Decision(rule.weights, rule.activations, rule.keep_float)
+    layer = subject.layer
+    raise RecipeError(
+        f"recipe {recipe.name!r} has no rule for layer {layer.name!r} ({type(layer).__name__}); "
+        "end it with a rule that matches everything"
+    )

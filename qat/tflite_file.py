@@ -1,0 +1,178 @@
+"""What a .tflite file holds, read from its bytes alone."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.tools import flatbuffer_utils
+
+from qat.errors import QatError
+
+_TYPE_NAMES = {v: k.lower() for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
+_OPERATORS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+_NUMPY = {"int8": np.int8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
+_NUMPY |= {"int64": np.int64, "float32": np.float32}
+_FLOATS = ("float16", "float32", "float64")
+
+
+class FileError(QatError):
+    """A file that is no .tflite model, or that the interpreter refuses. One line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileTensor:
+    """A tensor as the file states it; `bytes` is the size of its constant data, or 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: np.ndarray
+    zero_point: np.ndarray
+    bytes: int
+    data: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileOperator:
+    """An operator with the tensors it reads and writes."""
+
+    name: str
+    inputs: tuple[FileTensor, ...]
+    outputs: tuple[FileTensor, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileModel:
+    """The main subgraph of a file."""
+
+    tensors: tuple[FileTensor, ...]
+    operators: tuple[FileOperator, ...]
+    inputs: tuple[FileTensor, ...]
+    outputs: tuple[FileTensor, ...]
+
+    def operator_counts(self) -> dict[str, int]:
+        """{operator: how often}, by name."""
+        return dict(sorted(collections.Counter(op.name for op in self.operators).items()))
+
+    def float_operators(self) -> list[str]:
+        """Names of the operators that compute in float, in order.
+
+        The boundary QUANTIZE and DEQUANTIZE of float inputs and outputs are none, nor is
+        unpacking a constant.
+        """
+        return [op.name for op in self.operators if _is_float(op) and not self._boundary(op)]
+
+    def weight_bytes(self) -> int:
+        """Packed bytes of all kernels and biases (constants of operators that have kernels)."""
+        return sum(tensor.bytes for op in self.operators for tensor in _weights(op))
+
+    def float_weight_bytes(self) -> int:
+        """The same weights as float32."""
+        sizes = [int(np.prod(t.shape)) for op in self.operators for t in _weights(op)]
+        return 4 * sum(sizes)
+
+    def _boundary(self, op: FileOperator) -> bool:
+        ends = {id(tensor) for tensor in (*self.inputs, *self.outputs)}
+        if op.name == "QUANTIZE":
+            return id(op.inputs[0]) in ends or op.inputs[0].bytes > 0
+        if op.name == "DEQUANTIZE":
+            return id(op.outputs[0]) in ends or op.inputs[0].bytes > 0
+        return False
+
+
+def _is_float(op: FileOperator) -> bool:
+    return any(tensor.dtype in _FLOATS for tensor in (*op.inputs, *op.outputs))
+
+
+def _weights(op: FileOperator) -> list[FileTensor]:
+    kernels = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
+    constants = [tensor for tensor in op.inputs if tensor.bytes]
+    if op.name == "TRANSPOSE_CONV":
+        constants = constants[1:]  # its first input is the output's shape
+    return constants if op.name in kernels else []
+
+
+def read_file(path: str | os.PathLike) -> FileModel:
+    """The file's tensors and operators.
+
+    Raises:
+        FileError: missing, truncated or foreign.
+    """
+    content = read_bytes(os.fspath(path))
+    try:
+        model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+        return _file_model(model)
+    except Exception as error:  # the generated reader raises whatever a wild offset leads to
+        raise FileError(f"{os.fspath(path)} is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_bytes(path: str) -> bytes:
+    """The file's content, if it says that it is a TFLite flatbuffer.
+
+    Raises:
+        FileError: cannot be read, or is something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    if content[4:8] != b"TFL3":
+        raise FileError(f"{path} is not a .tflite file ({len(content)} bytes, no TFL3 mark)")
+    return content
+
+
+def _file_model(model: schema.ModelT) -> FileModel:
+    graph = model.subgraphs[0]
+    tensors = tuple(_tensor(tensor, model.buffers) for tensor in graph.tensors)
+    operators = []
+    for op in graph.operators:
+        code = model.operatorCodes[op.opcodeIndex]
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        operators.append(
+            FileOperator(
+                name=_OPERATORS[builtin],
+                inputs=tuple(tensors[i] for i in op.inputs if i >= 0),
+                outputs=tuple(tensors[i] for i in op.outputs),
+            )
+        )
+    return FileModel(
+        tensors=tensors,
+        operators=tuple(operators),
+        inputs=tuple(tensors[i] for i in graph.inputs),
+        outputs=tuple(tensors[i] for i in graph.outputs),
+    )
+
+
+def _tensor(tensor: schema.TensorT, buffers: list) -> FileTensor:
+    shape = tuple(int(n) for n in (tensor.shape if tensor.shape is not None else ()))
+    dtype = _TYPE_NAMES[tensor.type]
+    quantization = tensor.quantization
+    scale = None if quantization is None else quantization.scale
+    zero_point = None if quantization is None else quantization.zeroPoint
+    raw = buffers[tensor.buffer].data
+    raw = np.zeros(0, np.uint8) if raw is None else np.asarray(raw, np.uint8)
+    return FileTensor(
+        name=tensor.name.decode(),
+        shape=shape,
+        dtype=dtype,
+        scale=np.asarray([] if scale is None else scale, np.float32),
+        zero_point=np.asarray([] if zero_point is None else zero_point, np.int64),
+        bytes=len(raw),
+        data=_values(raw, dtype, shape) if len(raw) else None,
+    )
+
+
+def _values(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    if dtype == "int4":
+        nibbles = np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)[: int(np.prod(shape))]
+        return (
+            np.where(nibbles > 7, nibbles.astype(np.int8) - 16, nibbles)
+            .astype(np.int8)
+            .reshape(shape)
+        )
+    return raw.view(_NUMPY[dtype]).reshape(shape) if dtype in _NUMPY else None

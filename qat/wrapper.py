@@ -1,0 +1,28 @@
+"""The wrapper that quantizes a layer's kernel: TFMOT's, which respects frozen layers here."""
+
+from __future__ import annotations
+
+import tf_keras
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
+    QuantizeWrapperV2,
+)
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class KernelWrapper(QuantizeWrapperV2):
+    """TFMOT's QuantizeWrapperV2; it trains nothing while its layer is not trainable.
+
+    TFMOT lists the kernel among the trainable weights whatever `trainable` says, so that a frozen
+    backbone would train again once it is quantized.
+    """
+
+    @property
+    def trainable_weights(self):
+        return super().trainable_weights if self.layer.trainable else []
+
+    @property
+    def non_trainable_weights(self):
+        frozen = super().non_trainable_weights
+        if self.layer.trainable:
+            return frozen
+        return self._dedup_weights([*super().trainable_weights, *frozen])

@@ -1,0 +1,98 @@
+"""Small Keras models with realistic weights, quantized and calibrated, for several test modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+import qat
+
+layers = tf_keras.layers
+
+
+def recipe(weight_bits: int, activation_bits: int, *rules: qat.Rule) -> qat.Recipe:
+    """One rule for all layers, the first and the last ones too, after the rules given."""
+    weights, activations = qat.TensorSpec(bits=weight_bits), qat.TensorSpec(bits=activation_bits)
+    everything = qat.Rule(weights=weights, activations=activations)
+    return qat.Recipe(name=f"w{weight_bits}a{activation_bits}", rules=(*rules, everything))
+
+
+def randomize(model: tf_keras.Model, seed: int = 0) -> tf_keras.Model:
+    """He kernels, biases of their size, moving statistics near the data's, gammas of both signs."""
+    rng = np.random.default_rng(seed)
+    for layer in model.layers:
+        values = []
+        for variable in layer.weights:
+            name, shape = variable.name.split(":")[0].split("/")[-1], variable.shape
+            if "kernel" in name:
+                fan_in = max(1, int(np.prod(shape[:-1])))
+                values.append(rng.normal(0, np.sqrt(2 / fan_in), shape))
+            elif name == "gamma":
+                values.append(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape))
+            elif name == "moving_variance":
+                values.append(rng.uniform(0.5, 2, shape))
+            else:
+                values.append(rng.normal(0, 0.3, shape))
+        layer.set_weights(values)
+    return model
+
+
+def model_of(
+    build: Callable, *shapes: tuple[int, ...], seed: int = 0, name: str = "net"
+) -> tf_keras.Model:
+    """The functional model `build(*inputs)` on inputs of these shapes (batch left out)."""
+    inputs = [layers.Input(shape, name=f"in{i}") for i, shape in enumerate(shapes)]
+    outputs = build(*inputs)
+    model = tf_keras.Model(inputs[0] if len(inputs) == 1 else inputs, outputs, name=name)
+    return randomize(model, seed)
+
+
+def data_for(model: tf_keras.Model, count: int = 32, seed: int = 1) -> list[np.ndarray]:
+    """Normal inputs, one array for each input of the model."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(0, 1, (count, *x.shape[1:])).astype(np.float32) for x in model.inputs]
+
+
+def batches(data: list[np.ndarray], size: int = 32) -> tf.data.Dataset:
+    """Batches of x, as (x,) so that several inputs stay together."""
+    x = data[0] if len(data) == 1 else tuple(data)
+    return tf.data.Dataset.from_tensor_slices((x,)).batch(size)
+
+
+def quantized(model: tf_keras.Model, how="w8a8", data=None, **options) -> tf_keras.Model:
+    """Quantized and calibrated on the data, or on `data_for` it."""
+    made = qat.quantize_model(model, how, **options)
+    return qat.calibrate(made, batches(data_for(model) if data is None else data))
+
+
+KERNELS = {
+    "default": OpResolverType.AUTO,
+    "optimized": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    "reference": OpResolverType.BUILTIN_REF,
+}
+
+
+def run_file(path, data: list[np.ndarray], kernels: str = "default") -> list[np.ndarray]:
+    """The file's raw outputs for the given arrays, one example at a time."""
+    interpreter = Interpreter(
+        str(path), experimental_op_resolver_type=KERNELS[kernels], num_threads=1
+    )
+    interpreter.allocate_tensors()
+    outputs = []
+    for row in zip(*data, strict=True):
+        for detail, x in zip(interpreter.get_input_details(), row, strict=True):
+            interpreter.set_tensor(detail["index"], x[None].astype(detail["dtype"]))
+        interpreter.invoke()
+        details = interpreter.get_output_details()
+        outputs.append([interpreter.get_tensor(detail["index"])[0].copy() for detail in details])
+    return [np.stack(parts) for parts in zip(*outputs, strict=True)]
+
+
+def run_model(model: tf_keras.Model, data: list[np.ndarray]) -> list[np.ndarray]:
+    """The Keras model's outputs in inference, always a list."""
+    outputs = model(data[0] if len(data) == 1 else data, training=False)
+    return [output.numpy() for output in tf.nest.flatten(outputs)]

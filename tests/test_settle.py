@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import qat
+
+layers = tf_keras.layers
+
+
+def net() -> tf_keras.Model:
+    tf_keras.utils.set_random_seed(3)
+    x = inputs = tf_keras.Input((8, 8, 1))
+    x = layers.Rescaling(1 / 255.0)(x)
+    x = layers.Conv2D(4, 3, use_bias=False, name="conv")(x)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
+    x = layers.DepthwiseConv2D(3, use_bias=True, name="depthwise")(x)
+    model = tf_keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        spread = [
+            np.abs(rng.normal(1, 0.3, w.shape))
+            if "variance" in w.name
+            else rng.normal(0, 0.3, w.shape)
+            for w in layer.weights
+        ]
+        layer.set_weights(spread)
+    return model
+
+
+@pytest.fixture(scope="module")
+def settled():
+    model = qat.quantize_model(net(), "w2a8", input_range=(0, 255))
+    images = np.random.default_rng(1).integers(0, 256, (64, 8, 8, 1)).astype(np.float32)
+    qat.calibrate(model, tf.data.Dataset.from_tensors(images))
+    before = [weight.numpy() for weight in model.weights]
+    return model, before, qat.settle_biases(model), images
+
+
+def bias_in_steps(model: tf_keras.Model) -> np.ndarray:
+    """(β - μ·m) / (1/255 · s_w · |m|) of the first convolution, worked out from its definition."""
+    kernel = model.get_layer("quant_conv")._weight_vars[0][0].numpy().astype(float)
+    norm = model.get_layer("norm")
+    m = norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy() + float(norm.epsilon))
+    scale = np.abs(kernel).max(axis=(0, 1, 2)) / 127  # the first layer keeps 8 bits
+    return (norm.beta.numpy() - norm.moving_mean.numpy() * m) / (scale * np.abs(m) / 255)
+
+
+def test_biases_become_whole_numbers_of_steps(settled):
+    """Within what float32 holds of a beta and a mean: 2^-23 of the bias."""
+    steps = bias_in_steps(settled[0])
+    assert 1e3 < np.abs(steps).max() < 2e6
+    np.testing.assert_allclose(steps, np.rint(steps), rtol=0, atol=np.abs(steps).max() * 2**-23)
+
+
+def test_only_biases_change_and_by_little(settled):
+    model, before, *_ = settled
+    changed = {
+        weight.name
+        for weight, old in zip(model.weights, before, strict=True)
+        if not np.array_equal(weight.numpy(), old)
+    }
+    assert changed
+    assert all("beta" in name or "bias" in name for name in changed), changed
+
+
+def test_a_second_call_changes_nothing(settled):
+    model = settled[0]
+    before = [weight.numpy() for weight in model.weights]
+    qat.settle_biases(model)
+    for weight, old in zip(model.weights, before, strict=True):
+        np.testing.assert_allclose(weight.numpy(), old, rtol=2**-22, atol=0)
+
+
+def test_the_file_stores_just_these_biases(settled, tmp_path):
+    """At 2 bits half a step of the bias is much of an output step: settled, few codes differ."""
+    model, before, _, images = settled
+    path = qat.export_tflite(model, tmp_path / "settled.tflite")
+    dataset = tf.data.Dataset.from_tensors(images)
+    after = qat.verify_tflite(path, model, dataset)
+    weights = model.get_weights()
+    model.set_weights(before)
+    unsettled = qat.verify_tflite(qat.export_tflite(model, path), model, dataset)
+    model.set_weights(weights)
+    assert after.integers_match and unsettled.integers_match
+    assert after.output_snr_db > unsettled.output_snr_db
