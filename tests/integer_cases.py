@@ -122,11 +122,14 @@ def _bias_type(d: Draw, x: Tensor, options: dict, narrow: bool) -> str:
 
 
 def _linear(d: Draw, name: str, x, kernel, size: int, depth: int, shape, options, *, narrow, front):
-    # FULLY_CONNECTED converts from float64, which leaves sums beyond int32 undefined.
-    y_scale, spread = d.sum_grid(x, kernel, depth, wild=name != "FULLY_CONNECTED")
-    y = d.tensor(x.dtype, shape, y_scale)
+    by_float = name == "FULLY_CONNECTED"
+    y_scale, spread = d.sum_grid(x, kernel, depth, wild=not by_float)
     options["fusedActivationFunction"] = d.one(*FUSED)
     bias = d.bias(_bias_type(d, x, options, narrow), x, kernel, size, spread)
+    if by_float and np.abs(bias.data).max() > 2**30:
+        # It converts from float64, which C leaves undefined for values beyond int32.
+        y_scale = max(y_scale, np.float32(1.01 * np.max(bias.scale)))
+    y = d.tensor(x.dtype, shape, y_scale)
     operator = Operator(name=name, inputs=[*front, bias], outputs=[y], options=options)
     return case(operator, d.codes(x))
 

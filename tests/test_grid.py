@@ -86,7 +86,7 @@ def test_affine_takes_the_topmost_codes(bits):
 
 
 @by_bits
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ends=ranges_of_reals)
 @example(ends=[0.0, 0.0])
 @example(ends=[-3.0, -2.0])
@@ -115,7 +115,7 @@ def test_affine_scale_and_zero_point(bits, ends):
 
 
 @by_bits
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ends=ranges_of_reals)
 def test_codes_survive_the_round_trip(bits, ends):
     grid = affine_grid(*map(tf.constant, ends), num_bits=bits)

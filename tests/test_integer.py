@@ -57,12 +57,7 @@ FAST_EXAMPLES, SLOW_EXAMPLES = 40, 400
 
 
 def _compare(strategy, examples: int) -> None:
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
     @given(strategy)
     def check(case):
         content, inputs = case

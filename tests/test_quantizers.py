@@ -371,7 +371,7 @@ def test_an_outlier_sets_the_range(bits, symmetric):
     np.testing.assert_array_equal(y[:-1], 0)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     x=hnp.arrays(F32, st.integers(1, 30), elements=st.floats(-1e4, 1e4, width=32)),
     bits=st.sampled_from([2, 3, 4, 8]),

@@ -252,7 +252,7 @@ rules = st.builds(
 ) | st.builds(Rule, layer=names, keep_float=st.text(min_size=1).filter(str.strip))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(name=st.text(), rules=st.lists(rules, min_size=1, max_size=4))
 def test_any_recipe_survives_json(name, rules):
     made = Recipe(name=name, rules=tuple(rules))

@@ -490,7 +490,7 @@ def test_one_end_may_be_given(ends, levels, mode):
 finite = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(x=st.lists(finite, min_size=1, max_size=8), num_levels=st.integers(2, 257))
 def test_levels_are_the_nearest_and_stay_where_they_are(x, num_levels):
     x = np.array(x)
