@@ -4,6 +4,7 @@ from qat import configs, quantizers, ste
 from qat.account import LayerAccount, quantization_report
 from qat.apply import quantize_model
 from qat.calibrate import calibrate
+from qat.exact import ExactModel
 from qat.export.tflite import export_tflite
 from qat.layers import FakeQuantize
 from qat.recipe import Recipe, Rule, TensorSpec
@@ -14,6 +15,7 @@ from qat.train import TrainConfig, fit
 from qat.verify.compare import Verification, verify_tflite
 
 __all__ = [
+    "ExactModel",
     "FakeQuantize",
     "LayerAccount",
     "Recipe",

@@ -96,3 +96,32 @@ def run_model(model: tf_keras.Model, data: list[np.ndarray]) -> list[np.ndarray]
     """The Keras model's outputs in inference, always a list."""
     outputs = model(data[0] if len(data) == 1 else data, training=False)
     return [output.numpy() for output in tf.nest.flatten(outputs)]
+
+
+def branches(x):
+    """All kinds of kernels, pools, joins and curves."""
+    x = layers.Conv2D(6, 3, strides=2, padding="same", activation="relu", name="stem")(x)
+    y = layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2, use_bias=False)(x)
+    y = layers.ReLU(6.0)(layers.BatchNormalization()(y))
+    z = layers.Conv2D(12, 3, padding="same", dilation_rate=2)(x)
+    y = layers.ReLU()(layers.Add()([y, z]))
+    pooled = layers.AveragePooling2D(3, strides=2, padding="same")(y)
+    y = layers.Concatenate()([pooled, layers.MaxPooling2D(2, padding="same")(y)])
+    y = layers.Conv2DTranspose(4, 3, strides=2, padding="same", name="up")(y)
+    y = layers.Multiply()([y, layers.Activation("sigmoid")(y)])
+    y = layers.Flatten()(layers.ZeroPadding2D(1)(y))
+    y = layers.Dense(9, activation="tanh", name="hidden")(y)
+    return layers.Dense(5, activation="softmax", name="classes")(y)
+
+
+def residual(x):
+    """A residual block, which a binary recipe changes most, and a global mean."""
+
+    def block(x, name):
+        y = layers.Conv2D(8, 3, padding="same", use_bias=False, name=name)(x)
+        return layers.BatchNormalization(name=f"{name}_norm")(y)
+
+    x = layers.ReLU()(block(x, "first"))
+    y = block(layers.ReLU()(block(x, "second")), "third")
+    x = layers.ReLU()(layers.Add()([x, y]))
+    return layers.Dense(4, name="logits")(layers.GlobalAveragePooling2D()(x))

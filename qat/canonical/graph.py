@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -99,11 +99,13 @@ def rebuild(
     model: tf_keras.Model,
     visit: Callable[[Call, tuple, dict], Any],
     on_input: Callable[[Any, Any], Any] = lambda old, new: new,
+    more_inputs: Sequence[Any] = (),
 ) -> tf_keras.Model:
     """A new functional model: `visit(call, args, kwargs)` gives each call's new outputs.
 
     args and kwargs are the call's own with the new model's tensors in place. `on_input(old, new)`
-    may put something after each input.
+    may put something after each input. With `more_inputs`, symbolic tensors that `visit` reads, the
+    new model takes (the old model's inputs, list of these).
     """
     inputs, replaced = [], {}
     for tensor in model.inputs:
@@ -118,6 +120,8 @@ def rebuild(
         replaced.update(zip(map(id, call.outputs), outputs, strict=True))
     # Dictionaries and single tensors stay what they were.
     inputs = tf.nest.pack_sequence_as(model._nested_inputs, inputs)
+    if more_inputs:
+        inputs = inputs, list(more_inputs)
     outputs = tf.nest.map_structure(lambda old: replaced[id(old)], model._nested_outputs)
     return tf_keras.Model(inputs, outputs, name=model.name)
 

@@ -66,7 +66,9 @@ class _Converter:
         for name, tensor in zip(self.model.input_names, self.model.inputs, strict=True):
             self.values[id(tensor)] = self._input(name, tensor)
         for call in calls(self.model):
-            self.values[id(call.output)] = self._lower(call)
+            value = self.values[id(call.output)] = self._lower(call)
+            if isinstance(value, Stored):
+                graph.origins[id(call.output)] = value.tensor
         for name, tensor in zip(self.model.output_names, self.model.outputs, strict=True):
             graph.outputs.append(self._output(name, self._stored(tensor)))
         # In the model's order, not in the order in which its layers first read them.

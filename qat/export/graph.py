@@ -50,11 +50,15 @@ class Operator:
 
 @dataclasses.dataclass(eq=False)
 class Graph:
-    """Operators in execution order, with the tensors that enter and leave."""
+    """Operators in execution order, with the tensors that enter and leave.
+
+    `origins` has the file's tensor for the id of each Keras tensor that exists in the file.
+    """
 
     inputs: list[Tensor] = dataclasses.field(default_factory=list)
     outputs: list[Tensor] = dataclasses.field(default_factory=list)
     operators: list[Operator] = dataclasses.field(default_factory=list)
+    origins: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once, in order of first use."""
