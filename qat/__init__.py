@@ -8,6 +8,7 @@ from qat.exact import ExactModel
 from qat.export.tflite import export_tflite
 from qat.layers import FakeQuantize
 from qat.recipe import Recipe, Rule, TensorSpec
+from qat.reestimate import reestimate_batch_norm
 from qat.saving import load_quantized_model, save_model
 from qat.scheme import scheme
 from qat.settle import settle_biases
@@ -31,6 +32,7 @@ __all__ = [
     "quantization_report",
     "quantize_model",
     "quantizers",
+    "reestimate_batch_norm",
     "save_model",
     "scheme",
     "settle_biases",

@@ -1,0 +1,72 @@
+"""Re-estimated statistics against NumPy's averages over the same batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from small_models import batches, data_for, model_of, quantized
+
+import qat
+from qat.errors import ModelError
+
+layers = tf_keras.layers
+
+
+def net(x):
+    x = layers.Conv2D(4, 3, name="one")(x)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm1")(x))
+    x = layers.Conv2D(3, 3, name="two")(x)
+    return layers.BatchNormalization(name="norm2")(x)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return quantized(model_of(net, (8, 8, 2)), "w4a4")
+
+
+def test_statistics_are_averages_over_batches(model):
+    (x,) = data_for(model, 48, seed=3)
+    convolved = tf_keras.Model(model.inputs, model.get_layer("norm1").input)
+    parts = [convolved(x[i : i + 16]).numpy().astype(np.float64) for i in (0, 16, 32)]
+    before = {w.name: w.numpy() for w in model.weights}
+    qat.reestimate_batch_norm(model, batches([x], 16))
+    norm = model.get_layer("norm1")
+    mean = np.mean([part.mean((0, 1, 2)) for part in parts], axis=0)
+    # Keras stores the unbiased variance of a batch.
+    size = parts[0][..., 0].size
+    variance = np.mean([part.var((0, 1, 2)) for part in parts], axis=0) * size / (size - 1)
+    np.testing.assert_allclose(norm.moving_mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.moving_variance, variance, rtol=1e-5)
+    changed = {w.name for w in model.weights if not np.array_equal(before[w.name], w.numpy())}
+    assert changed == {
+        f"{norm}/moving_{what}:0" for norm in ("norm1", "norm2") for what in ("mean", "variance")
+    }
+    assert norm.momentum == 0.99
+
+
+def test_steps_limit_the_batches(model):
+    (x,) = data_for(model, 32, seed=4)
+    qat.reestimate_batch_norm(model, batches([x], 16), steps=1)
+    one = model.get_layer("norm2").moving_mean.numpy()
+    qat.reestimate_batch_norm(model, batches([x[:16]], 16))
+    np.testing.assert_array_equal(one, model.get_layer("norm2").moving_mean)
+
+
+def test_frozen_layers_stay(model):
+    norm, (x,) = model.get_layer("norm1"), data_for(model, 16, seed=5)
+    before = norm.moving_mean.numpy()
+    norm.trainable = False
+    qat.reestimate_batch_norm(model, batches([x]))
+    norm.trainable = True
+    np.testing.assert_array_equal(before, norm.moving_mean)
+
+
+def test_an_empty_dataset_changes_nothing(model):
+    before = model.get_layer("norm1").moving_mean.numpy()
+    with pytest.raises(ModelError, match="empty"):
+        qat.reestimate_batch_norm(
+            model, tf.data.Dataset.from_tensors(np.zeros((1, 8, 8, 2))).take(0)
+        )
+    np.testing.assert_array_equal(before, model.get_layer("norm1").moving_mean)
