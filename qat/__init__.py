@@ -1,6 +1,6 @@
 """Quantization-aware training for Keras CNNs whose TFLite files hold the trained integers."""
 
-from qat import configs, quantizers, ste
+from qat import callbacks, configs, quantizers, settings, ste
 from qat.account import LayerAccount, quantization_report
 from qat.apply import quantize_model
 from qat.calibrate import calibrate
@@ -25,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "Verification",
     "calibrate",
+    "callbacks",
     "configs",
     "export_tflite",
     "fit",
@@ -35,6 +36,7 @@ __all__ = [
     "reestimate_batch_norm",
     "save_model",
     "scheme",
+    "settings",
     "settle_biases",
     "ste",
     "verify_tflite",

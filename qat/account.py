@@ -13,6 +13,8 @@ from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
+from qat.reactnet import METHOD as REACTNET
+from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
 from qat.roles import FUSES, KEEPS_GRID, role, supports
 
 
@@ -25,7 +27,8 @@ class LayerAccount:
         weight_bits: of its kernel; None without a kernel or in float.
         activation_bits: of the tensor that a kernel reads, else of the layer's output; None in
             float and inside a fused operator.
-        method: the kernel quantizer's, else the output quantizer's; "" for neither.
+        method: the kernel quantizer's, else the output quantizer's; "" for neither; "reactnet" for
+            a ReLU that is an RPReLU now, and for a kernel that reads an RSign.
         fused_into: the layer whose operator of the file holds this one; "" for one of its own.
         reason_if_float: why it stays in float32; None if it does not.
     """
@@ -49,7 +52,9 @@ def quantization_report(model: tf_keras.Model) -> list[LayerAccount]:
     if not any(isinstance(layer, FakeQuantize | QuantizeWrapper) for layer in model.layers):
         raise ModelError(f"model {model.name!r} is not quantized; call qat.quantize_model first")
     walk = _Walk(model)
-    rows = [walk.row(call) for call in calls(model) if not isinstance(call.layer, FakeQuantize)]
+    # An RPReLU is one row, that of its slope.
+    added = (FakeQuantize, LearnedShift)
+    rows = [walk.row(call) for call in calls(model) if not isinstance(call.layer, added)]
     return list({row.name: row for row in rows}.values())
 
 
@@ -77,7 +82,7 @@ class _Walk:
             type=getattr(layer, "replaced", type(layer).__name__),
             weight_bits=kernel.num_bits if kernel else None,
             activation_bits=activation.num_bits if activation else None,
-            method=(kernel or output).method if kernel or output else "",
+            method=_method(layer, reads, kernel or output),
             fused_into=fused_into,
             reason_if_float=_reason(wrapper, layer, kernel),
         )
@@ -121,6 +126,12 @@ def _kernel_quantizer(layer):
 def _output_quantizer(layer):
     outputs = getattr(layer, "_output_quantizers", None)
     return outputs[0] if outputs else None
+
+
+def _method(layer, reads, quantizer) -> str:
+    if isinstance(layer, LearnedSlope) or isinstance(reads, RSignQuantizer):
+        return REACTNET
+    return quantizer.method if quantizer else ""
 
 
 def _reason(wrapper, layer, kernel) -> str | None:

@@ -9,7 +9,7 @@ import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from qat import quantizers
-from qat.recipe import RecipeError, TensorSpec
+from qat.recipe import TERNARY, RecipeError, TensorSpec
 
 layers = tf_keras.layers
 
@@ -31,31 +31,71 @@ def kernels(layer: layers.Layer) -> dict[str, tuple[int, ...]]:
 
 
 def weight_quantizer(spec: TensorSpec, channel_axes: tuple[int, ...]) -> quantizers.GridQuantizer:
-    """The quantizer for a kernel: symmetric min-max or binary, per channel if the spec says so."""
-    axes = channel_axes if spec.per_channel else None
-    if spec.method == "binary":
-        return _made(quantizers.BinaryWeightQuantizer, spec, channel_axes=axes)
-    return _made(
-        quantizers.LastValueQuantizer,
-        spec,
-        num_bits=spec.bits,
-        symmetric=True,
-        channel_axes=axes,
-    )
+    """The quantizer for a kernel: zero point 0, per channel if the spec and its method say so."""
+    spec = spec.resolved("weights")
+    settings = {"channel_axes": channel_axes if spec.per_channel else None}
+    if spec.bits == 1:
+        kind, own = _BINARY_WEIGHTS[spec.method]
+    elif spec.method in _TERNARY_WEIGHTS:
+        kind, own = _TERNARY_WEIGHTS[spec.method]
+    elif spec.method in _ODD_WEIGHTS:
+        kind, own = _ODD_WEIGHTS[spec.method]
+        settings["num_bits"] = spec.bits
+    else:
+        kind, own = _UNIFORM[spec.method]
+        bits = 2 if spec.bits == TERNARY else spec.bits
+        # Two and three bits have few levels to leave unused; a ternary grid is -1, 0, 1.
+        narrow = spec.bits == TERNARY or bits >= 4 or spec.method == "minmax"
+        settings |= {"num_bits": bits, "symmetric": True, "narrow_range": narrow}
+    return _made(kind, spec, **{**settings, **own})
 
 
 def activation_quantizer(spec: TensorSpec) -> quantizers.GridQuantizer:
-    """The quantizer for an activation tensor: running min-max or binary; symmetric at 16 bits."""
-    if spec.method == "binary":
+    """The quantizer for an activation tensor; symmetric at 16 bits."""
+    spec = spec.resolved("activations")
+    if spec.bits == 1:
         return _made(quantizers.BinaryActivationQuantizer, spec)
-    return _made(
-        quantizers.MovingAverageQuantizer, spec, num_bits=spec.bits, symmetric=spec.bits == 16
-    )
+    kind, own = _ACTIVATIONS[spec.method]
+    return _made(kind, spec, num_bits=spec.bits, symmetric=spec.bits == 16, **own)
+
+
+# By method: the quantizer and the options that make it that method.
+_Table = dict[str, tuple[type, dict[str, Any]]]
+_UNIFORM: _Table = {
+    "minmax": (quantizers.LastValueQuantizer, {}),
+    "lsq": (quantizers.LsqQuantizer, {}),
+    "lsqplus": (quantizers.LsqPlusQuantizer, {}),
+    "pact": (quantizers.PactQuantizer, {}),
+    "ewgs": (quantizers.LsqQuantizer, {"backward": "ewgs"}),
+    "dsq": (quantizers.LsqQuantizer, {"backward": "dsq"}),
+}
+_ACTIVATIONS: _Table = {
+    **_UNIFORM,
+    "minmax": (quantizers.MovingAverageQuantizer, {}),
+    "dorefa": (quantizers.DorefaActivationQuantizer, {}),
+}
+# Papers that take one scale for a layer, whatever the spec says; only the options change that.
+_WHOLE_LAYER = {"channel_axes": None}
+_ODD_WEIGHTS: _Table = {
+    "dorefa": (quantizers.DorefaWeightQuantizer, _WHOLE_LAYER),
+    "statsq": (quantizers.StatsqQuantizer, {}),
+}
+_TERNARY_WEIGHTS: _Table = {
+    "twn": (quantizers.TwnQuantizer, {}),
+    "ttq": (quantizers.TtqQuantizer, _WHOLE_LAYER),
+}
+_BINARY_WEIGHTS: _Table = {
+    "binary": (quantizers.BinaryWeightQuantizer, {}),
+    "reactnet": (quantizers.BinaryWeightQuantizer, {}),
+    "xnor": (quantizers.XnorWeightQuantizer, {}),
+    "bwn": (quantizers.BwnWeightQuantizer, {}),
+    "dorefa": (quantizers.DorefaBinaryWeightQuantizer, _WHOLE_LAYER),
+}
 
 
 def _made(kind: type, spec: TensorSpec, **settings: Any) -> quantizers.GridQuantizer:
     try:
-        return kind(**settings, **spec.options)
+        return kind(**{**settings, **spec.options})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"options {spec.options} of method {spec.method!r}: {error}") from error
 
@@ -71,6 +111,9 @@ class LayerQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
         weights: spec for the kernels; None leaves them in float.
         output: spec for the layer's output; None leaves it to whoever reads it.
         keep_float: the reason, when the layer is to stay in float32 altogether.
+
+    Raises:
+        RecipeError: a width or method that kernels or outputs do not have.
     """
 
     def __init__(
@@ -82,8 +125,9 @@ class LayerQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
     ):
         if keep_float is not None and (weights is not None or output is not None):
             raise ValueError("give keep_float or specs, not both")
-        self.weights = weights
-        self.output = output
+        # The method by name: what is best for a width can change between saving and loading.
+        self.weights = None if weights is None else weights.resolved("weights")
+        self.output = None if output is None else output.resolved("activations")
         self.keep_float = keep_float
 
     def get_weights_and_quantizers(self, layer):
@@ -137,8 +181,11 @@ class LayerQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
 
 def uniform(*, weight_bits: int = 8, activation_bits: int | None = 8) -> LayerQuantizeConfig:
     """Min-max config: kernels per channel at `weight_bits`, output at `activation_bits` or not."""
-    output = None if activation_bits is None else TensorSpec(bits=activation_bits)
-    return LayerQuantizeConfig(weights=TensorSpec(bits=weight_bits), output=output)
+    weights = TensorSpec(bits=weight_bits, method="minmax")
+    output = None
+    if activation_bits is not None:
+        output = TensorSpec(bits=activation_bits, method="minmax")
+    return LayerQuantizeConfig(weights=weights, output=output)
 
 
 def binary(*, surrogate: str = "clipped") -> LayerQuantizeConfig:

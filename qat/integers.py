@@ -18,7 +18,9 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat.canonical import Call, calls, consumers, functional
 from qat.layers import FakeQuantize
-from qat.tflite_file import FileModel, FileTensor
+from qat.quantizers import BinaryActivationQuantizer
+from qat.reactnet import LearnedShift, LearnedSlope
+from qat.tflite_file import FileModel, FileOperator, FileTensor
 
 layers = tf_keras.layers
 # Parts of a layer's output that carry its grid under a name of their own.
@@ -52,6 +54,12 @@ class _Comparison:
                 found += self.kernel_mismatches(call)
             elif isinstance(call.layer, FakeQuantize):
                 found += self.grid_mismatches(call.layer)
+                if isinstance(call.layer.quantizer, BinaryActivationQuantizer):
+                    found += self.sign_mismatches(call)
+            elif isinstance(call.layer, LearnedSlope):
+                found += self.slope_mismatches(call.layer)
+            elif isinstance(call.layer, LearnedShift):
+                found += self.shift_mismatches(call.layer)
         return found
 
     def grid_mismatches(self, layer: FakeQuantize) -> list[str]:
@@ -116,6 +124,75 @@ class _Comparison:
             return "the zero point is not 0"
         step = _per_channel(layer, codes, scale) * np.abs(multiplier) * self.gain(call.inputs[0])
         return _scale_or_bias_mismatch(kernel, inputs, step, self.bias(layer, multiplier, offset))
+
+    def sign_mismatches(self, call: Call) -> list[str]:
+        """Every code of the input must get the sign that its real value gets in the model."""
+        name = f"{call.layer.name.removesuffix('_fake_quantize')}/sign"
+        compared = self.operator_reading(f"{name}/threshold")
+        source = self.source(call.inputs[0])
+        if compared is None or source is None:
+            return [f"{name}/threshold is missing from the file"]
+        with tf.device("/CPU:0"):
+            grid = source.quantizer.grid(source.quantizer_weights).numpy()
+        x, limit = compared.inputs
+        select = next(op for op in self.file.operators if compared.outputs[0] in op.inputs)
+        (zero_point,) = x.zero_point
+        step = x.scale[0]
+        same = limit.scale[0] == step and limit.zero_point[0] == zero_point == grid.zero_point
+        if not (same and 2.0**-8 <= step < 1.0):  # finer, the kernel takes neighbours for equal
+            return [f"{limit.name}: compared on another grid, or on one of inexact steps"]
+        codes = np.arange(grid.qmin, grid.qmax + 1)[:, None]
+        reals = (codes - zero_point).astype(np.float32) * grid.scale
+        bias = call.layer.quantizer_weights.get("bias")
+        bias = np.float32(0) if bias is None else bias.numpy()
+        expected = reals * np.float32(self.gain(call.inputs[0])) >= -bias
+        plus, minus = (tensor.data.reshape(-1) for tensor in select.inputs[1:])
+        chosen = np.where(codes >= limit.data.reshape(-1), plus, minus)
+        different = int((np.sign(chosen) != np.where(expected, 1, -1)).any(axis=0).sum())
+        return [f"{limit.name}: {different} thresholds differ"] if different else []
+
+    def slope_mismatches(self, layer: LearnedSlope) -> list[str]:
+        """The PRELU's constant must hold the codes and the scale of the layer's slopes."""
+        name = f"{layer.name}/slope"
+        operator = self.operator_reading(name)
+        if operator is None:
+            return [f"{name} is missing from the file"]
+        with tf.device("/CPU:0"):
+            value = tf.convert_to_tensor(layer.slope)
+            codes = layer.quantizer.codes(value, {}).numpy()
+            scale = layer.quantizer.grid({}, value).numpy().scale
+        stored = next(tensor for tensor in operator.inputs if tensor.name == name)
+        different = int((stored.data.reshape(-1) != codes).sum())
+        if different or stored.scale[0] != scale or stored.zero_point.any():
+            return [f"{name}: {different} of {codes.size} slopes differ, or their scale"]
+        return []
+
+    def shift_mismatches(self, layer: LearnedShift) -> list[str]:
+        """The affine operator must multiply by one and add the layer's shifts."""
+        name = f"{layer.name}/kernel"
+        operator = self.operator_reading(name)
+        if operator is None:
+            return [f"{name} is missing from the file"]
+        kernel = next(tensor for tensor in operator.inputs if tensor.name == name)
+        code = kernel.data.reshape(-1).astype(float)
+        if (code <= 0).any() or kernel.zero_point.any():
+            return [f"{name}: not a multiplication by one"]
+        reason = _scale_or_bias_mismatch(kernel, operator.inputs, 1 / code, layer.shift.numpy())
+        return [] if reason is None else [f"{name}: {reason}"]
+
+    def operator_reading(self, name: str) -> FileOperator | None:
+        """The operator with a constant of this name."""
+        found = (op for op in self.file.operators for t in op.inputs if t.name == name)
+        return next(found, None)
+
+    def source(self, tensor) -> FakeQuantize | None:
+        """The quantizer on whose grid a tensor lies, seen through layers that move values."""
+        while id(tensor) in self.producer:
+            call = self.producer[id(tensor)]
+            if isinstance(call.layer, FakeQuantize):
+                return call.layer
+            tensor = call.inputs[0]
+        return None
 
     def folded(self, call: Call) -> tuple[np.ndarray, np.ndarray]:
         """(multiplier, offset) of the batch norm that alone reads the call's output, float64."""

@@ -50,8 +50,6 @@ class FakeQuantize(tf_keras.layers.Layer):
                 f"FakeQuantize {self.name!r} needs a qat.quantizers quantizer, got {quantizer!r}"
             )
         self.quantizer = quantizer
-        # Set by qat.calibrate: the range is observed though the model runs as in inference.
-        self.observing = False
 
     def build(self, input_shape):
         self.quantizer_weights = self.quantizer.build(input_shape, "output", self)
@@ -64,8 +62,7 @@ class FakeQuantize(tf_keras.layers.Layer):
                 lambda: self.quantizer(inputs, observe, weights=self.quantizer_weights),
                 lambda: self.quantizer(inputs, False, weights=self.quantizer_weights),
             )
-        training = bool(training or self.observing) and observe
-        return self.quantizer(inputs, training, weights=self.quantizer_weights)
+        return self.quantizer(inputs, bool(training) and observe, weights=self.quantizer_weights)
 
     def compute_output_shape(self, input_shape):
         return input_shape

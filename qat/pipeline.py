@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from qat.output import clear, drop_checkpoints, output_folder
 from qat.recipe import Recipe
 from qat.report import write_reports
 from qat.saving import load_quantized_model, load_recipe_of, save_model
+from qat.settings import TrainSettings, recommended
 from qat.settle import settle_biases
 from qat.verify.compare import Verification, verify_tflite
 
@@ -35,7 +37,11 @@ CALIBRATION_STEPS = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of the training program; see `qat-train --help` for the meaning of each field."""
+    """One run of the training program; see `qat-train --help` for the meaning of each field.
+
+    settings: of the quantized training; None = `qat.settings.recommended(recipe)`. qat_epochs,
+    qat_learning_rate and distill override them.
+    """
 
     dataset: str
     model: str
@@ -50,7 +56,8 @@ class Job:
     qat_learning_rate: float | None = None
     seed: int = 0
     resume: bool = False
-    distill: bool = False
+    distill: bool | None = None
+    settings: TrainSettings | None = None
     jit_compile: bool = False
     target: str = "litert"
     io: str = "float32"
@@ -58,6 +65,12 @@ class Job:
     checkpoint_steps: int | None = None
     profile_steps: tuple[int, int] | None = None
     strategy: tf.distribute.Strategy = dataclasses.field(default_factory=tf.distribute.get_strategy)
+
+    def qat_settings(self) -> TrainSettings:
+        """How the quantized model is trained."""
+        overrides = {"learning_rate": self.qat_learning_rate, "distill": self.distill}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return dataclasses.replace(self.settings or recommended(self.recipe), **given)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -133,8 +146,13 @@ class _Run:
         job, epochs = self.job, self.job.float_epochs
         if epochs is None:
             epochs = train.default_epochs(self.data.steps_per_epoch, quantized=False)
+        config = train.TrainConfig(
+            epochs=epochs,
+            learning_rate=job.learning_rate,
+            **self.options("float", self.float_model),
+        )
         with self.timed("float_training"):
-            self.fit(self.float_model, "float", epochs, job.learning_rate)
+            self.fit(self.float_model, "float", config)
         save_float_model(self.float_model, job.output_dir / "float_model.keras")
         self.qat_model = self.quantized()
 
@@ -158,35 +176,39 @@ class _Run:
             return
         job, data = self.job, self.data
         calibrate(self.qat_model, data.train, steps=CALIBRATION_STEPS)
-        epochs, binary = job.qat_epochs, _has_bits(job.recipe, 1)
+        settings, epochs = job.qat_settings(), job.qat_epochs
         if epochs is None:
-            epochs = train.default_epochs(data.steps_per_epoch, quantized=True, binary=binary)
-        rate = job.qat_learning_rate
-        if rate is None:
-            rate = train.LEARNING_RATE if binary else train.QAT_LEARNING_RATE
-        teacher = self.float_model if job.distill else None
+            epochs = settings.epochs(data.steps_per_epoch)
+        config = settings.train_config(
+            epochs=epochs,
+            steps_per_epoch=data.steps_per_epoch,
+            float_model=self.float_model,
+            **self.options("qat", self.qat_model),
+        )
+        print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
         with self.timed("qat_training"):
-            self.fit(self.qat_model, "qat", epochs, rate, teacher)
+            self.fit(self.qat_model, "qat", config)
         settle_biases(self.qat_model)
         save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
         write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
 
-    def fit(self, model, phase: str, epochs: int, rate: float, teacher=None) -> None:
-        job, data = self.job, self.data
-        config = train.TrainConfig(
-            epochs=epochs,
-            learning_rate=rate,
-            from_logits=not train.ends_in_softmax(model),
-            teacher=teacher,
-            jit_compile=job.jit_compile,
-            checkpoint_dir=job.output_dir / "checkpoints" / phase,
-            checkpoint_steps=job.checkpoint_steps,
-            resume=job.resume,
-            log_dir=job.output_dir / "tensorboard" / phase,
-            profile_steps=job.profile_steps,
-        )
-        print(f"{phase} training: {epochs} epochs of {data.steps_per_epoch} steps", flush=True)
-        self.resumed_at_step = max(self.resumed_at_step, train.fit(model, data, config))
+    def options(self, phase: str, model: tf_keras.Model) -> dict[str, Any]:
+        """What the configs of both trainings share."""
+        job = self.job
+        return {
+            "from_logits": not train.ends_in_softmax(model),
+            "jit_compile": job.jit_compile,
+            "checkpoint_dir": job.output_dir / "checkpoints" / phase,
+            "checkpoint_steps": job.checkpoint_steps,
+            "resume": job.resume,
+            "log_dir": job.output_dir / "tensorboard" / phase,
+            "profile_steps": job.profile_steps,
+        }
+
+    def fit(self, model: tf_keras.Model, phase: str, config: train.TrainConfig) -> None:
+        steps = self.data.steps_per_epoch
+        print(f"{phase} training: {config.epochs} epochs of {steps} steps", flush=True)
+        self.resumed_at_step = max(self.resumed_at_step, train.fit(model, self.data, config))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -224,6 +246,8 @@ class _Run:
                 "target": job.target,
                 "io": job.io,
             },
+            # Of a training that an earlier process finished only its model is known.
+            "qat_settings": None if self.qat_is_trained else job.qat_settings().to_dict(),
             "layers": [dataclasses.asdict(row) for row in quantization_report(self.qat_model)],
             "seconds": self.seconds,
         }

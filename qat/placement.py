@@ -16,6 +16,8 @@ import tf_keras
 from qat import configs, quantizers
 from qat.canonical.graph import Call, calls, consumers, rebuild
 from qat.layers import FakeQuantize, ReplacedBySign
+from qat.reactnet import METHOD as REACTNET
+from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
 from qat.recipe import RecipeError, TensorSpec
 from qat.roles import FIXED_BOUND_16, FIXED_RANGES, FUSES, Role, activation_name, role, supports
 
@@ -42,7 +44,7 @@ def place_quantizers(
     """A new model with `FakeQuantize` layers, sharing all its other layers with `model`.
 
     Where a kernel reads 1-bit activations, the ReLU in front of it becomes the identity: the
-    sign takes its place.
+    sign takes its place. With method "reactnet" it becomes an RPReLU.
 
     Args:
         model: canonical functional model.
@@ -65,6 +67,8 @@ class _Placement:
         self.readers = consumers(model)
         self.producer = {id(out): call for call in calls(model) for out in call.outputs}
         self.wide = _wide_spec(decisions)
+        # The ids of the outputs of ReLUs that become RPReLUs.
+        self.rprelus: set[int] = set()
         self.roles: dict[int, Role] = {}
         for call in reversed(calls(model)):  # a role can depend on the readers' roles
             self.roles[id(call.output)] = self._role(call)
@@ -83,7 +87,11 @@ class _Placement:
         if not self._is_integer(call) and not supports(call.layer):
             return Role.COMPUTE
         found = role(call.layer)
-        if found is Role.RELU and self._feeds_sign(call):
+        signs = self._sign_specs(call) if found is Role.RELU else []
+        if signs and self._is_integer(call) and any(sign.method == REACTNET for sign in signs):
+            self.rprelus.add(id(call.output))
+            return Role.COMPUTE
+        if signs:
             return Role.IDENTITY
         if isinstance(call.layer, layers.Rescaling) and self._is_gain(call):
             return Role.PASS
@@ -112,9 +120,23 @@ class _Placement:
             return self.decisions[call.layer.name].activations
         return None
 
-    def _feeds_sign(self, call: Call) -> bool:
+    def _sign_specs(self, call: Call) -> list[TensorSpec]:
+        """The specs of the signs that read a call's output."""
         specs = [self._read_spec(reader) for reader in self._final_readers(call.output)]
-        return any(spec is not None and spec.method == "binary" for spec in specs)
+        return [spec for spec in specs if spec is not None and spec.bits == 1]
+
+    def _has_bias(self, tensor: Any) -> bool:
+        """Whether a trained bias per channel is added to the tensor and to nothing else."""
+        call, readers = self.producer.get(id(tensor)), self.readers[id(tensor)]
+        if call is None or len(readers) != 1:
+            return False
+        if isinstance(call.layer, layers.Add):
+            return any(self._has_bias(term) for term in call.inputs)
+        found = self._role_of(call)
+        own = (found is Role.LINEAR and call.layer.use_bias) or (
+            found is Role.BATCHNORM and call.layer.center
+        )
+        return bool(own and call.layer.trainable)
 
     def _is_gain(self, call: Call) -> bool:
         """A Rescaling that every reader's kernel absorbs: it relabels the scale, codes stay."""
@@ -144,7 +166,7 @@ class _Placement:
         """Wide, unless every reader is a kernel that wants the same narrow uniform grid."""
         specs = [self._read_spec(reader) for reader in self._final_readers(tensor)]
         narrow = specs and all(spec == specs[0] for spec in specs) and specs[0] is not None
-        return specs[0] if narrow and specs[0].method != "binary" else self.wide
+        return specs[0] if narrow and specs[0].bits > 1 else self.wide
 
     # What the new model gets.
 
@@ -161,9 +183,10 @@ class _Placement:
         spec = self._read_spec(call)
         if spec is not None and args:
             args = (self._narrow(args[0], spec, layer.name), *args[1:])
+        if id(call.output) in self.rprelus:
+            return self._rprelu(call, args[0])
         if found is Role.IDENTITY and role(layer) is Role.RELU:
-            name = layer.name if len(layer.inbound_nodes) == 1 else self._unique(layer.name)
-            layer = ReplacedBySign(type(layer).__name__, name=name)
+            layer = ReplacedBySign(type(layer).__name__, name=self._replacement_name(layer))
         else:
             layer = self._wrapped(layer)
         new = layer(*args, **kwargs)
@@ -175,6 +198,32 @@ class _Placement:
         if self._inside_operator(call) or not self._touches_integers(call.output):
             return new
         return self._quantize(new, self._output_quantizer(call), call.layer.name)
+
+    def _rprelu(self, call: Call, x: Any) -> Any:
+        """RPReLU in a ReLU's place, each of its operators with a grid of its own.
+
+        Its first shift is the bias in front, if that feeds nothing else; its second one is the bias
+        of the RSigns behind, if nothing else reads it: there a parameter of its own would only be
+        the same one again, and an operator of the file.
+        """
+        name = self._replacement_name(call.layer)
+        if not self._has_bias(call.inputs[0]):
+            x = self._shifted(x, f"{name}_shift_in", configs.activation_quantizer(self.wide))
+        x = LearnedSlope(type(call.layer).__name__, name=name)(x)
+        quantizer = self._output_quantizer(call)
+        readers = self._final_readers(call.output)
+        rsigns = [spec for spec in self._sign_specs(call) if spec.method == REACTNET]
+        if len(rsigns) == len(readers):
+            return self._quantize(x, quantizer, name)
+        x = self._quantize(x, configs.activation_quantizer(self.wide), name)
+        return self._shifted(x, f"{name}_shift_out", quantizer)
+
+    def _shifted(self, tensor: Any, name: str, quantizer: quantizers.GridQuantizer) -> Any:
+        name = self._unique(name)
+        return self._quantize(LearnedShift(name=name)(tensor), quantizer, name)
+
+    def _replacement_name(self, layer: layers.Layer) -> str:
+        return layer.name if len(layer.inbound_nodes) == 1 else self._unique(layer.name)
 
     def _wrapped(self, layer: layers.Layer) -> layers.Layer:
         if id(layer) not in self.wrappers:
@@ -203,6 +252,8 @@ class _Placement:
         if source is None or spec.bits >= self.wide.bits:
             return tensor
         quantizer = configs.activation_quantizer(spec)
+        if spec.method == REACTNET:
+            quantizer = RSignQuantizer(**quantizer.get_config())
         if source.quantizer == quantizer:
             return tensor
         key = id(tensor), repr(spec)

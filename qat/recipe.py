@@ -1,7 +1,8 @@
 """Recipes: which tensor gets how many bits by which method. Pure data; imports no TensorFlow.
 
-Names follow one grammar, `w<W>a<A>[-<method>]`: W in 1…8, A in 1…8 or 16, method in `METHODS`;
-no method means the best known for that width. `w8a8` is the default.
+Names follow one grammar, `w<W>a<A>[-<method>]`: W in 1, t (ternary), 2…8, A in 1…8 or 16, method in
+`METHODS`; no method means the best known for that width. A method that makes only weights or only
+activations leaves the other to the best known. `w8a8` is the default.
 """
 
 from __future__ import annotations
@@ -16,12 +17,51 @@ from typing import Any
 
 from qat.errors import QatError
 
-WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+TERNARY = "t"
+WEIGHT_BITS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
-METHODS = ("minmax", "binary")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The widths that a method makes, of weights and of activations."""
+
+    weights: tuple[int | str, ...] = ()
+    activations: tuple[int, ...] = ()
+
+
+_UP_TO_8 = (2, 3, 4, 5, 6, 7, 8)
+METHODS: dict[str, Method] = {
+    "minmax": Method(weights=_UP_TO_8, activations=(*_UP_TO_8, 16)),
+    "lsq": Method(weights=(TERNARY, *_UP_TO_8), activations=_UP_TO_8),
+    "lsqplus": Method(activations=_UP_TO_8),
+    "pact": Method(activations=_UP_TO_8),
+    "ewgs": Method(weights=(TERNARY, *_UP_TO_8), activations=_UP_TO_8),
+    "dsq": Method(weights=(TERNARY, *_UP_TO_8), activations=_UP_TO_8),
+    # Codes are odd integers up to ±(2^W - 1): at 8 bits they would need 9.
+    "dorefa": Method(weights=(1, 2, 3, 4, 5, 6, 7), activations=_UP_TO_8),
+    "statsq": Method(weights=(2, 3, 4, 5, 6, 7)),
+    "twn": Method(weights=(TERNARY,)),
+    "ttq": Method(weights=(TERNARY,)),
+    "xnor": Method(weights=(1,)),
+    "bwn": Method(weights=(1,)),
+    "binary": Method(weights=(1,), activations=(1,)),
+    "reactnet": Method(weights=(1,), activations=(1,)),
+}
+# The best known method for a width; BUILD_NOTES has the evidence.
+BEST_FOR_WEIGHTS: dict[int | str, str] = {
+    **dict.fromkeys(WEIGHT_BITS, "minmax"),
+    **dict.fromkeys((TERNARY, 2, 3, 4), "lsq"),
+    1: "binary",
+}
+BEST_FOR_ACTIVATIONS: dict[int, str] = {
+    **dict.fromkeys(ACTIVATION_BITS, "lsq"),
+    **dict.fromkeys((8, 16), "minmax"),
+    1: "binary",
+}
 POSITIONS = ("first", "last")
 DEFAULT_RECIPE = "w8a8"
-GRAMMAR = "w<W>a<A>[-<method>], W in 1…8, A in 1…8 or 16, method in " + ", ".join(METHODS)
+GRAMMAR = "w<W>a<A>[-<method>], W in 1, t, 2…8, A in 1…8 or 16, method in " + ", ".join(METHODS)
 SCHEMA_VERSION = 1
 
 
@@ -34,33 +74,45 @@ class TensorSpec:
     """How one kind of tensor is quantized.
 
     Attributes:
-        bits: 1 to 8, or 16 (activations).
-        method: a name of METHODS; None = the best known for the width.
+        bits: 1 to 8, 16 (activations), or "t" (ternary weights).
+        method: a name of METHODS; None = the best known for the width, weights or activations.
         per_channel: weights only: one scale per output channel, else one per tensor.
         options: keyword arguments of the quantizer, e.g. {"decay": 0.9} or {"surrogate": "swish"}.
     """
 
-    bits: int = 8
+    bits: int | str = 8
     method: str | None = None
     per_channel: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if type(self.bits) is not int or self.bits not in ACTIVATION_BITS:
-            raise RecipeError(f"bits must be one of {ACTIVATION_BITS}, got {self.bits!r}")
-        best = "binary" if self.bits == 1 else "minmax"
-        method = self.method or best
-        if method not in METHODS:
-            raise RecipeError(f"unknown method {method!r}; legal: {', '.join(METHODS)}")
-        if method != best:
-            raise RecipeError(
-                f"method {method!r} does not make {self.bits}-bit tensors: {best!r} does"
-            )
+        legal = (*ACTIVATION_BITS, TERNARY)
+        if type(self.bits) not in (int, str) or self.bits not in legal:
+            raise RecipeError(f"bits must be one of {legal}, got {self.bits!r}")
+        if self.method is not None and self.method not in tuple(METHODS):  # lists have no hash
+            raise RecipeError(f"unknown method {self.method!r}; legal: {', '.join(METHODS)}")
         if not isinstance(self.options, dict):
             raise RecipeError(f"options must be a mapping, got {self.options!r}")
         if not isinstance(self.per_channel, bool):
             raise RecipeError(f"per_channel must be true or false, got {self.per_channel!r}")
-        object.__setattr__(self, "method", method)
+
+    def resolved(self, role: str) -> TensorSpec:
+        """The spec for "weights" or "activations", its method named.
+
+        Raises:
+            RecipeError: a width or method that the role does not have.
+        """
+        best = BEST_FOR_WEIGHTS if role == "weights" else BEST_FOR_ACTIVATIONS
+        if self.bits not in best:
+            raise RecipeError(f"{role} have one of {tuple(best)} bits, got {self.bits!r}")
+        method = self.method or best[self.bits]
+        if self.bits not in getattr(METHODS[method], role):
+            able = [name for name, made in METHODS.items() if self.bits in getattr(made, role)]
+            raise RecipeError(
+                f"method {method!r} makes no {self.bits}-bit {role}; those that do: "
+                f"{', '.join(able)}"
+            )
+        return dataclasses.replace(self, method=method)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +144,9 @@ class Rule:
             raise RecipeError(f"{self}: keep_float needs a reason, e.g. 'sensitive'")
         if (self.weights is None and self.activations is None) == (self.keep_float is None):
             raise RecipeError(f"{self}: give either weights/activations or keep_float, not both")
-        if self.weights is not None and self.weights.bits not in WEIGHT_BITS:
-            raise RecipeError(f"weight bits must be one of {WEIGHT_BITS}, got {self.weights.bits}")
+        for role in ("weights", "activations"):
+            if getattr(self, role) is not None:
+                object.__setattr__(self, role, getattr(self, role).resolved(role))
 
     def matches(self, name: str, type_name: str, positions: Iterable[str]) -> bool:
         """Whether a layer of this name, class name and positions is meant."""
@@ -133,17 +186,21 @@ class Recipe:
     @classmethod
     def from_name(cls, name: str) -> Recipe:
         """The recipe of a grammar name; below w8 the first and last layers keep 8 bits."""
-        match = re.fullmatch(r"w([1-9]\d*)a([1-9]\d*)(?:-(\w+))?", name, re.ASCII)
+        match = re.fullmatch(r"w([1-9]\d*|t)a([1-9]\d*)(?:-(\w+))?", name, re.ASCII)
         if not match:
             raise RecipeError(f"unknown recipe {name!r}; names read {GRAMMAR}, e.g. w8a8, w4a8")
-        weight_bits, activation_bits, method = int(match[1]), int(match[2]), match[3]
+        weight_bits = match[1] if match[1] == TERNARY else int(match[1])
+        activation_bits, method = int(match[2]), match[3]
         if weight_bits not in WEIGHT_BITS or activation_bits not in ACTIVATION_BITS:
             raise RecipeError(f"recipe {name!r} has an illegal width; names read {GRAMMAR}")
-        weights = TensorSpec(bits=weight_bits, method=method)
-        activations = TensorSpec(bits=activation_bits, method=method)
+        if method is not None and method not in METHODS:
+            raise RecipeError(f"recipe {name!r}: unknown method {method!r}; names read {GRAMMAR}")
+        made = METHODS.get(method, Method())
+        weights = TensorSpec(bits=weight_bits, method=method if made.weights else None)
+        activations = TensorSpec(bits=activation_bits, method=method if made.activations else None)
         edge = Rule(position="first", weights=TensorSpec(), activations=_wide(activations))
         rules = [Rule(weights=weights, activations=activations)]
-        if weight_bits < 8 or activation_bits < 8:
+        if weight_bits != 8 or activation_bits < 8:
             rules = [edge, dataclasses.replace(edge, position="last"), *rules]
         return cls(name=name, rules=tuple(rules))
 

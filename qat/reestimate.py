@@ -1,21 +1,25 @@
-"""Batch normalization statistics of the quantized network, measured once training is over."""
+"""Batch normalization statistics of the quantized network, measured on data."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from qat.canonical import Call, calls, functional, rebuild
+from qat.batches import input_batches
+from qat.canonical import Call, calls, functional
 from qat.errors import ModelError
+from qat.forward import Visit, forward, infer
 
 BatchNormalization = tf_keras.layers.BatchNormalization
 
 
 def reestimate_batch_norm(
-    model: tf_keras.Model, dataset: tf.data.Dataset, *, steps: int = 50
+    model: tf_keras.Model, dataset: tf.data.Dataset, *, steps: int | None = 50
 ) -> tf_keras.Model:
     """Replaces the moving statistics of every batch normalization by averages over batches.
 
@@ -26,46 +30,47 @@ def reestimate_batch_norm(
     statistics.
 
     Args:
-        model: quantized and trained; changed in place. dataset: batches of x or (x, y), preferably
-            augmented as in training. steps: batches to use, at most.
+        model: quantized; changed in place. dataset: batches of x or (x, y), preferably augmented as
+            in training, of 16 examples or more. steps: batches to use, at most; None = all.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: an empty dataset.
+        QatError: as `qat.batches.input_batches`, e.g. an empty dataset.
+        ModelError: activations that are not finite.
     """
+    measure_batch_norm(model, dataset, steps, infer)
+    return model
+
+
+def measure_batch_norm(
+    model: tf_keras.Model, dataset: tf.data.Dataset, steps: int | None, visit: Visit
+) -> None:
+    """`reestimate_batch_norm` with all other layers called by `visit`."""
     network = functional(model)
     found = {id(_inner(call)): _inner(call) for call in calls(network) if _is_measured(call)}
     norms = list(found.values())
     if not norms:
-        return model
-    momenta = [norm.momentum for norm in norms]
-    before = [norm.get_weights() for norm in norms]
-    sums, count = None, 0
-    try:
-        for norm in norms:
-            norm.momentum = 0.0  # the moving statistics become the batch's
-        twin = _in_training_mode(network)
-        probe = tf.function(lambda x: twin(x, training=False))
-        for batch in dataset.take(steps):
-            probe(batch[0] if isinstance(batch, tuple) else batch)
-            measured = [np.float64(v) for norm in norms for v in _statistics(norm)]
-            sums = (
-                measured if sums is None else [a + b for a, b in zip(sums, measured, strict=True)]
-            )
+        return
+
+    def in_training(call: Call, args: tuple, kwargs: dict) -> Any:
+        if isinstance(_inner(call), BatchNormalization):
+            return call.layer(*args, **{**kwargs, "training": _is_measured(call)})
+        return visit(call, args, kwargs)
+
+    probe = tf.function(lambda x: forward(network, x, in_training), reduce_retracing=True)
+    sums, count = [0.0] * 2 * len(norms), 0
+    with _measuring(norms):
+        for inputs in input_batches(network, dataset, steps):
+            probe(inputs)
+            sums = [a + b for a, b in zip(sums, _statistics(norms), strict=True)]
             count += 1
-    finally:
-        for norm, momentum, weights in zip(norms, momenta, before, strict=True):
-            norm.momentum = momentum
-            norm.set_weights(weights)
-    if not count:
-        raise ModelError("no batch to re-estimate batch normalization with: the dataset is empty")
+    _require_finite(norms, sums)
     means = iter(sums)
     for norm in norms:
         norm.moving_mean.assign((next(means) / count).astype(np.float32))
         norm.moving_variance.assign((next(means) / count).astype(np.float32))
-    return model
 
 
 def _inner(call: Call) -> tf_keras.layers.Layer:
@@ -76,16 +81,29 @@ def _is_measured(call: Call) -> bool:
     return isinstance(_inner(call), BatchNormalization) and _inner(call).trainable
 
 
-def _statistics(norm: BatchNormalization) -> list[Any]:
-    return [norm.moving_mean, norm.moving_variance]
+def _statistics(norms: list[BatchNormalization]) -> list[np.ndarray]:
+    return [np.float64(v) for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
 
 
-def _in_training_mode(model: tf_keras.Model) -> tf_keras.Model:
-    """The model, sharing its layers, with its measured batch normalizations in training mode."""
+def _require_finite(norms: list[BatchNormalization], sums: list[np.ndarray]) -> None:
+    for index, values in enumerate(sums):
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"layer {norms[index // 2].name!r} gets NaN or infinite values, though the data "
+                "has none; look at the weights of the layers before it"
+            )
 
-    def visit(call: Call, args: tuple, kwargs: dict) -> Any:
-        if isinstance(_inner(call), BatchNormalization):
-            kwargs = {**kwargs, "training": _is_measured(call)}
-        return call.layer(*args, **kwargs)
 
-    return rebuild(model, visit)
+@contextlib.contextmanager
+def _measuring(norms: list[BatchNormalization]) -> Iterator[None]:
+    """Inside, moving statistics become those of the last batch; afterwards they are as before."""
+    momenta = [norm.momentum for norm in norms]
+    before = [norm.get_weights() for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum, weights in zip(norms, momenta, before, strict=True):
+            norm.momentum = momentum
+            norm.set_weights(weights)

@@ -13,9 +13,21 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
-from qat.layers import FakeQuantize
+from qat.grid import Grid
+from qat.layers import FakeQuantize, ReplacedBySign
+from qat.quantizers import BinaryActivationQuantizer
+from qat.ties import away_from_ties
 
 layers = tf_keras.layers
+# What may stand between a kernel and the quantizer of its operator's output.
+_FUSED = (
+    layers.Activation,
+    layers.BatchNormalization,
+    layers.Concatenate,
+    layers.Dropout,
+    layers.ReLU,
+    ReplacedBySign,
+)
 _LARGEST_BIAS = 2**31 - 1
 
 
@@ -25,8 +37,10 @@ def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
     The file stores `round(b / S)`, S = input scale · kernel scale, of the bias b that batch
     normalization leaves. Left to the export, that rounding is the largest difference between model
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
-    the batch norm's beta (else the layer's own bias) changes by at most S / 2. Call it when
-    training is over; a second call changes nothing.
+    the batch norm's beta (else the layer's own bias) changes by at most S / 2. Biases of 1-bit
+    kernels that read signs move up to 63 S farther, less than 1/8 of an output step, to where all
+    of LiteRT's kernels round all sums alike (`qat.ties`). Call it when training is over; a second
+    call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.
@@ -39,45 +53,90 @@ def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
     producer = {id(call.output): call for call in calls(model)}
     for call in calls(model):
         if isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars:
-            scale = _input_scale(call.inputs[0], producer)
+            source, gain = _source(call.inputs[0], producer)
             following = readers[id(call.output)]
             alone = len(following) == 1 and following[0] is not None
-            if scale is not None:
-                _settle(call, scale, following[0].layer if alone else None)
+            if source is not None:
+                reader = following[0].layer if alone else None
+                _settle(call, reader, source, gain, _target(call, readers))
     return model
 
 
-def _input_scale(tensor: Any, producer: dict[int, Call]) -> float | None:
-    """The scale of the grid that a kernel reads, Rescalings included; None in float."""
+def _source(tensor: Any, producer: dict[int, Call]) -> tuple[FakeQuantize | None, float]:
+    """Whose grid a kernel reads, and the product of the Rescalings between; None in float."""
     gain = 1.0
     while id(tensor) in producer:
         call = producer[id(tensor)]
         if isinstance(call.layer, FakeQuantize):
-            with tf.device("/CPU:0"):
-                grid = call.layer.quantizer.grid(call.layer.quantizer_weights)
-            return float(grid.scale) * gain
+            return call.layer, gain
         if isinstance(call.layer, layers.Rescaling):
             gain *= float(call.layer.scale)
         elif configs.kernels(getattr(call.layer, "layer", call.layer)):
-            return None
+            return None, gain
         tensor = call.inputs[0]
+    return None, gain
+
+
+def _target(call: Call, readers: dict[int, list[Call | None]]) -> FakeQuantize | None:
+    """The quantizer of the operator that the call is a part of; None in float."""
+    following = readers[id(call.output)]
+    while len(following) == 1 and following[0] is not None:
+        if isinstance(following[0].layer, FakeQuantize):
+            return following[0].layer
+        if not isinstance(following[0].layer, _FUSED):
+            return None
+        following = readers[id(following[0].output)]
     return None
 
 
-def _settle(call: Call, x_scale: float, reader: layers.Layer | None) -> None:
+def _grid(layer: FakeQuantize) -> Grid:
+    with tf.device("/CPU:0"):
+        return layer.quantizer.grid(layer.quantizer_weights).numpy()
+
+
+def _settle(
+    call: Call,
+    reader: layers.Layer | None,
+    source: FakeQuantize,
+    gain: float,
+    target: FakeQuantize | None,
+) -> None:
     layer = call.layer.layer
     ((weight, quantizer, weights),) = call.layer._weight_vars
     with tf.device("/CPU:0"):
         scale = quantizer.grid(weights, tf.convert_to_tensor(weight)).numpy().scale
-    step = x_scale * np.broadcast_to(scale, _channel_shape(layer, weight)).reshape(-1).astype(float)
+    step = np.broadcast_to(scale, _channel_shape(layer, weight)).reshape(-1).astype(float)
+    step *= float(_grid(source).scale) * gain
+    sums = _sums(call.layer, source)
+    output = None if target is None or sums is None else _grid(target)
     own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
     if isinstance(reader, layers.BatchNormalization) and reader.center:
         deviation = np.sqrt(reader.moving_variance.numpy().astype(float) + reader.epsilon)
         multiplier = (reader.gamma.numpy().astype(float) if reader.scale else 1.0) / deviation
         rest = (own - reader.moving_mean.numpy()) * multiplier
-        _round(reader.beta, rest, step * np.abs(multiplier))
+        _round(reader.beta, rest, step * np.abs(multiplier), sums, output)
     elif layer.use_bias and not isinstance(reader, layers.BatchNormalization):
-        _round(layer.bias, 0.0, step)
+        _round(layer.bias, 0.0, step, sums, output)
+
+
+def _sums(layer: QuantizeWrapper, source: FakeQuantize) -> np.ndarray | None:
+    """What a kernel of codes ±c and 0 that reads signs ±s can sum up to; None for all others.
+
+    `c · s · k`, |k| <= products per sum. Padding leaves out whole pixels: with an even number of
+    channels, and no 0, k is even.
+    """
+    ((weight, quantizer, weights),) = layer._weight_vars
+    with tf.device("/CPU:0"):
+        codes = np.abs(quantizer.codes(tf.convert_to_tensor(weight), weights).numpy())
+    largest = codes.max()
+    signs = isinstance(source.quantizer, BinaryActivationQuantizer)
+    if not (signs and np.isin(codes, (0, largest)).all()):
+        return None
+    products = codes.size // int(np.prod(_channel_shape(layer.layer, weight)))
+    channels = products // int(np.prod(getattr(layer.layer, "kernel_size", 1)))
+    even = channels % 2 == 0 and codes.all()
+    k = np.arange(-products, products + 1, 2 if even else 1)
+    return k * float(largest * _grid(source).qmax)
 
 
 def _channel_shape(layer: layers.Layer, weight: tf.Variable) -> list[int]:
@@ -86,13 +145,22 @@ def _channel_shape(layer: layers.Layer, weight: tf.Variable) -> list[int]:
     return [size if axis - rank in axes else 1 for axis, size in enumerate(weight.shape)]
 
 
-def _round(variable: tf.Variable, rest: np.ndarray | float, step: np.ndarray) -> None:
+def _round(
+    variable: tf.Variable,
+    rest: np.ndarray | float,
+    step: np.ndarray,
+    sums: np.ndarray | None,
+    output: Grid | None,
+) -> None:
     """Changes the variable so that `variable + rest` is a whole number of steps.
 
+    Given the kernel's sums and its output's grid, a number that keeps clear of rounding ties.
     Channels whose bias leaves int32 are left alone: the export raises their scale.
     """
     value = variable.numpy().astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint((value + rest) / step)
-    settled = np.where(np.abs(codes) < _LARGEST_BIAS, codes * step - rest, value)
+        if output is not None:
+            codes = away_from_ties(codes, step / float(output.scale), sums, output)
+        settled = np.where(np.abs(codes) < _LARGEST_BIAS, codes * step - rest, value)
     variable.assign(settled.astype(np.float32))

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import tensorflow as tf
 import tf_keras
 
-from qat.errors import QatError
+from qat import callbacks as qat_callbacks
+from qat.callbacks.distillation import ends_in_softmax
+from qat.callbacks.guards import TrainingError
+from qat.optimizer import QatAdam, cosine_schedule
+from qat.reestimate import reestimate_batch_norm
+
+__all__ = [
+    "TrainConfig",
+    "TrainingData",
+    "TrainingError",
+    "default_epochs",
+    "ends_in_softmax",
+    "fit",
+]
 
 # Optimizer steps that train a small network well; epochs follow from the dataset's size.
 FLOAT_STEPS, FLOAT_EPOCHS = 4000, (4, 60)
 QAT_STEPS, QAT_EPOCHS = 2500, (2, 30)
-BINARY_FACTOR = 3  # a sign in the network has to be learned anew, not fine-tuned
-LEARNING_RATE = 1e-3
-QAT_LEARNING_RATE = 3e-4
-
-
-class TrainingError(QatError):
-    """Training cannot go on. One line: what happened and what to do."""
+LEARNING_RATE = 1e-3  # of float training
 
 
 class TrainingData(Protocol):
@@ -37,25 +45,52 @@ class TrainingData(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train.
+    """How to train. Shares are of the training's steps, 0 to 1; None = never.
 
     Attributes:
         epochs: passes over the training data.
-        learning_rate: Adam's at the start; it falls to 0 along a cosine.
+        learning_rate: Adam's at its highest; it falls to 0 along a cosine.
+        warmup_steps: steps in which it rises from 0 before that.
+        weight_decay: of kernels, decoupled (AdamW); nothing else decays.
+        quantizer_learning_rate: times the learning rate = that of learned steps and offsets.
         from_logits: whether the model's output needs a softmax.
-        teacher: a float model whose class probabilities replace the labels (distillation, T = 1).
+        teacher: a float model to learn from (`qat.callbacks.DistillationLoss`).
+        distill_temperature: of its and the model's probabilities.
+        distill_weight: 1 = it replaces the labels, 0 = it counts for nothing.
+        freeze_batch_norm: share after which batch normalization uses its moving statistics.
+        reestimate_batch_norm: batches to measure these statistics with, when they are frozen, else
+            at the end; 0 = keep the moving averages.
+        freeze_ranges: share after which activation ranges stop moving.
+        dampening: λ of `qat.callbacks.Dampening`; 0 = none.
+        iterative_freezing: last threshold of `qat.callbacks.IterativeFreezing`; 0 = none.
+        gradual_bits: stages of `qat.callbacks.GradualBits`, e.g. ((8, 0.2), (4, 0.5)).
         jit_compile: compile the training step with XLA.
         checkpoint_dir: where to keep the last two checkpoints; None = nowhere.
         checkpoint_steps: also between epochs, every so many steps; None = at epochs' ends.
         resume: go on from the last checkpoint, if there is one.
         log_dir: TensorBoard events; None = none.
         profile_steps: (first, last) steps for the profiler; None = none.
+
+    Raises:
+        TrainingError: iterative freezing with gradual bits, which change the integers that it
+            counts. (Values out of range are ValueErrors of `fit`, before any step.)
     """
 
     epochs: int
     learning_rate: float
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    quantizer_learning_rate: float = 1.0
     from_logits: bool = True
     teacher: tf_keras.Model | None = None
+    distill_temperature: float = 1.0
+    distill_weight: float = 1.0
+    freeze_batch_norm: float | None = None
+    reestimate_batch_norm: int = 0
+    freeze_ranges: float | None = None
+    dampening: float = 0.0
+    iterative_freezing: float = 0.0
+    gradual_bits: tuple[tuple[int, float], ...] = ()
     jit_compile: bool = False
     checkpoint_dir: pathlib.Path | None = None
     checkpoint_steps: int | None = None
@@ -63,11 +98,17 @@ class TrainConfig:
     log_dir: pathlib.Path | None = None
     profile_steps: tuple[int, int] | None = None
 
+    def __post_init__(self):
+        if self.iterative_freezing and self.gradual_bits:
+            raise TrainingError(
+                "iterative_freezing counts flips of integers, and gradual_bits changes these; "
+                "leave one out"
+            )
 
-def default_epochs(steps_per_epoch: int, *, quantized: bool, binary: bool = False) -> int:
-    """Epochs that give a dataset of this size its step budget."""
+
+def default_epochs(steps_per_epoch: int, *, quantized: bool, factor: int = 1) -> int:
+    """Epochs that give a dataset of this size its step budget, times a factor."""
     steps, (least, most) = (QAT_STEPS, QAT_EPOCHS) if quantized else (FLOAT_STEPS, FLOAT_EPOCHS)
-    factor = BINARY_FACTOR if binary else 1
     return factor * min(most, max(least, round(steps / steps_per_epoch)))
 
 
@@ -81,36 +122,49 @@ def fit(
     """Trains a classifier in place with Adam and a cosine schedule.
 
     Args:
-        model: float or quantized, with one vector of classes as output.
+        model: float or quantized, by qat or by TFMOT, with one vector of classes as output. What
+            a setting does not apply to is left alone: a float model has no kernels to dampen.
         data: training stream and validation set.
         config: see `TrainConfig`.
-        callbacks: Keras callbacks besides progress, TensorBoard and checkpoints.
+        callbacks: Keras callbacks besides progress, TensorBoard and checkpoints; those of
+            `qat.callbacks` are told how long training is, and are part of the checkpoints.
 
     Returns:
         The step that training started from: 0, or the one it was resumed at.
 
     Raises:
-        TrainingError: the loss is no longer a number.
+        TrainingError: the loss is no longer a number, or a checkpoint cannot be read.
+        ValueError: a setting out of range.
     """
     steps, total = data.steps_per_epoch, config.epochs * data.steps_per_epoch
     _compile(model, config, total)
-    manager = _checkpoints(model, config)
-    if manager is not None and config.resume:
-        _restore(manager)
-    start = int(model.optimizer.iterations.numpy())
-    own = [StopAtNan(), *_watchers(config)]
-    if manager is not None:
-        own.append(Checkpoints(manager, config.checkpoint_steps))
-    for first, last, count in _segments(start, steps, config.epochs):
-        model.fit(
-            _targets(data.train_stream(first), config.teacher),
-            initial_epoch=first // steps,
-            epochs=last,
-            steps_per_epoch=count,
-            validation_data=_targets(data.validation, config.teacher),
-            callbacks=[*own, *callbacks],
-            verbose=1 if sys.stdout.isatty() else 2,
-        )
+    scheduled = _scheduled(config, data)
+    scheduled += [each for each in callbacks if isinstance(each, qat_callbacks.Scheduled)]
+    others = [each for each in callbacks if each not in scheduled]
+    with _of_one_training(scheduled, model, total):
+        manager = _checkpoints(model, config, scheduled)
+        if manager is not None and config.resume:
+            _restore(manager)
+        start = int(model.optimizer.iterations.numpy())
+        # What changes the weights comes before what saves them.
+        own = [qat_callbacks.StopAtNan(), *_watchers(config), *scheduled]
+        if manager is not None:
+            own.append(qat_callbacks.Checkpoints(manager, config.checkpoint_steps))
+        for first, last, count in _segments(start, steps, config.epochs):
+            model.fit(
+                data.train_stream(first),
+                initial_epoch=first // steps,
+                epochs=last,
+                steps_per_epoch=count,
+                validation_data=data.validation,
+                callbacks=[*own, *others],
+                verbose=1 if sys.stdout.isatty() else 2,
+            )
+            if model.stop_training:
+                break
+    # Not by a callback: a training that was finished before and is resumed calls none.
+    if total and config.reestimate_batch_norm and config.freeze_batch_norm is None:
+        reestimate_batch_norm(model, data.train_stream(), steps=config.reestimate_batch_norm)
     return start
 
 
@@ -126,43 +180,67 @@ def _segments(start: int, steps: int, epochs: int) -> list[tuple[int, int, int]]
 
 
 def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> None:
-    schedule = tf_keras.optimizers.schedules.CosineDecay(config.learning_rate, max(1, total_steps))
-    if config.teacher is None:
-        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=config.from_logits)
-        metric = tf_keras.metrics.SparseCategoricalAccuracy("accuracy")
-    else:
-        loss = tf_keras.losses.CategoricalCrossentropy(from_logits=config.from_logits)
-        metric = tf_keras.metrics.CategoricalAccuracy("agreement")
-    model.compile(
-        tf_keras.optimizers.Adam(schedule), loss, [metric], jit_compile=config.jit_compile
+    optimizer = QatAdam(
+        cosine_schedule(config.learning_rate, total_steps, config.warmup_steps),
+        weight_decay=config.weight_decay,
+        quantizer_learning_rate=config.quantizer_learning_rate,
     )
+    loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=config.from_logits)
+    if config.teacher is not None:
+        loss = qat_callbacks.DistillationLoss(
+            config.distill_temperature, config.distill_weight, config.from_logits
+        )
+    metric = tf_keras.metrics.SparseCategoricalAccuracy("accuracy")
+    model.compile(optimizer, loss, [metric], jit_compile=config.jit_compile)
 
 
-def _targets(dataset: tf.data.Dataset, teacher: tf_keras.Model | None) -> tf.data.Dataset:
-    """The dataset, its labels replaced by the teacher's probabilities if there is a teacher."""
-    if teacher is None:
-        return dataset
-    if ends_in_softmax(teacher):
-        return dataset.map(lambda x, _: (x, teacher(x, training=False)))
-    return dataset.map(lambda x, _: (x, tf.nn.softmax(teacher(x, training=False))))
+def _scheduled(config: TrainConfig, data: TrainingData) -> list[qat_callbacks.Scheduled]:
+    """The callbacks that the config's fields stand for; widths first, the others see them."""
+    made: list[qat_callbacks.Scheduled] = []
+    if config.gradual_bits:
+        made.append(qat_callbacks.GradualBits(config.gradual_bits))
+    if config.teacher is not None:
+        made.append(qat_callbacks.Distillation(config.teacher))
+    if config.freeze_batch_norm is not None:
+        batches = config.reestimate_batch_norm
+        stream = data.train_stream() if batches else None
+        made.append(qat_callbacks.FreezeBatchNorm(config.freeze_batch_norm, stream, batches))
+    if config.freeze_ranges is not None:
+        made.append(qat_callbacks.FreezeRanges(config.freeze_ranges))
+    if config.dampening:
+        made.append(qat_callbacks.Dampening(config.dampening))
+    if config.iterative_freezing:
+        made.append(qat_callbacks.IterativeFreezing(config.iterative_freezing))
+    return made
 
 
-def ends_in_softmax(model: tf_keras.Model) -> bool:
-    """Whether the float or quantized model's output is a probability."""
-    for layer in reversed(model.layers):
-        activation = getattr(getattr(layer, "layer", layer), "activation", None)
-        if isinstance(layer, tf_keras.layers.Softmax):
-            return True
-        if activation is not None:
-            return activation is tf_keras.activations.softmax
-    return False
+@contextlib.contextmanager
+def _of_one_training(
+    scheduled: Sequence[qat_callbacks.Scheduled], model: tf_keras.Model, total: int
+) -> Iterator[None]:
+    """Tells the callbacks how long training is, and ends them with it, however it ends."""
+    untold = [each for each in scheduled if each.total_steps is None]
+    for each in untold:
+        each.total_steps = total
+    for each in scheduled:
+        each.prepare(model)
+    try:
+        yield
+    finally:
+        for each in scheduled:
+            each.finish()
+        for each in untold:
+            each.total_steps = None
 
 
-def _checkpoints(model: tf_keras.Model, config: TrainConfig) -> tf.train.CheckpointManager | None:
+def _checkpoints(
+    model: tf_keras.Model, config: TrainConfig, scheduled: Sequence[qat_callbacks.Scheduled]
+) -> tf.train.CheckpointManager | None:
     if config.checkpoint_dir is None:
         return None
     model.optimizer.build(model.trainable_variables)
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    states = {type(each).__name__: each.state for each in scheduled if each.state is not None}
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, **states)
     return tf.train.CheckpointManager(checkpoint, str(config.checkpoint_dir), max_to_keep=2)
 
 
@@ -184,38 +262,3 @@ def _watchers(config: TrainConfig) -> list[tf_keras.callbacks.Callback]:
             str(config.log_dir), write_graph=False, profile_batch=config.profile_steps or 0
         )
     ]
-
-
-class Checkpoints(tf_keras.callbacks.Callback):
-    """Saves model and optimizer at every epoch's end, and every `steps` steps if given."""
-
-    def __init__(self, manager: tf.train.CheckpointManager, steps: int | None):
-        super().__init__()
-        self.manager = manager
-        self.steps = steps
-        self.epoch = 0
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.steps and (batch + 1) % self.steps == 0:
-            require_finite(logs, self.epoch)
-            self.manager.save(int(self.model.optimizer.iterations.numpy()))
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.manager.save(int(self.model.optimizer.iterations.numpy()))
-
-
-class StopAtNan(tf_keras.callbacks.Callback):
-    """Ends training with an error when an epoch's loss is not finite, before it is checkpointed."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        require_finite(logs, epoch)
-
-
-def require_finite(logs: dict[str, float] | None, epoch: int) -> None:
-    """Raises TrainingError if the mean loss is no longer a number."""
-    loss = (logs or {}).get("loss", 0.0)
-    if not tf.math.is_finite(loss):
-        raise TrainingError(f"the loss became {loss} in epoch {epoch + 1}; lower the learning rate")

@@ -14,7 +14,18 @@ class KernelWrapper(QuantizeWrapperV2):
 
     TFMOT lists the kernel among the trainable weights whatever `trainable` says, so that a frozen
     backbone would train again once it is quantized.
+
+    Weights come in one order, the layer's own first, whether the layer was built before its wrapper
+    (`quantize_apply`) or with it (a file that is loaded), frozen or not: files know them by it.
     """
+
+    def build(self, input_shape):
+        if not self.layer.built:
+            self.layer.build(input_shape)
+            self.layer.built = True
+        if not self.layer.trainable:  # TFMOT does so with what is trainable
+            self._trainable_weights.extend(self.layer._trainable_weights)
+        super().build(input_shape)
 
     @property
     def trainable_weights(self):

@@ -131,7 +131,7 @@ def test_weight_bits_are_those_of_the_file(rows, file):
 
 def test_methods(rows):
     assert rows["depthwise"].method == "binary"
-    assert rows["first"].method == rows["logits"].method == "minmax"
+    assert rows["first"].method == "minmax" and rows["logits"].method == "lsq"
     assert rows["first_norm"].method == "" and rows["drop"].method == ""
 
 
@@ -150,24 +150,52 @@ def test_activation_bits(rows):
     assert all(bits[name] == 8 for name in ("add_relu", "pool", "logits_softmax"))
 
 
-def test_narrow_activations_are_what_the_kernel_reads(tmp_path):
-    """w4a2 keeps the first and last layers at 8 bits; binary reads are signs."""
+def three_convolutions(x):
+    for name in ("first", "middle", "last"):
+        x = layers.Conv2D(4, 3, activation="relu", name=name)(x)
+    return x
 
-    def build(x):
-        for name in ("first", "middle", "last"):
-            x = layers.Conv2D(4, 3, activation="relu", name=name)(x)
-        return x
 
-    net = small_models.model_of(build, IMAGE)
-    for name, bits, method in (("w4a2", 2, "minmax"), ("w1a1", 1, "binary")):
-        rows = {row.name: row for row in qat.quantization_report(qat.quantize_model(net, name))}
-        assert [rows[layer].activation_bits for layer in ("first", "middle", "last")] == [
-            8,
-            bits,
-            8,
-        ]
-        assert rows["middle"].method == method
-        assert rows["middle"].weight_bits == int(name[1])
+MIDDLE = [  # recipe, weight and activation bits of the layer between, its kernel's method
+    ("w4a2", 4, 2, "lsq"),
+    ("w5a8", 5, 8, "minmax"),
+    ("w4a16", 4, 16, "lsq"),
+    ("wta8", 2, 8, "lsq"),
+    ("wta4-twn", 2, 4, "twn"),
+    ("wta8-ttq", 2, 8, "ttq"),
+    ("w4a4-minmax", 4, 4, "minmax"),
+    ("w4a4-ewgs", 4, 4, "ewgs"),
+    ("w3a3-dsq", 3, 3, "dsq"),
+    ("w4a4-dorefa", 4, 4, "dorefa"),
+    ("w2a8-statsq", 2, 8, "statsq"),
+    ("w4a4-pact", 4, 4, "lsq"),
+    ("w1a1", 1, 1, "binary"),
+    ("w1a8-xnor", 1, 8, "xnor"),
+    ("w1a4-bwn", 1, 4, "bwn"),
+    ("w1a1-reactnet", 1, 1, "reactnet"),
+]
+
+
+@pytest.mark.parametrize(("name", "weight_bits", "activation_bits", "method"), MIDDLE)
+def test_widths_and_methods_are_the_recipes(name, weight_bits, activation_bits, method):
+    """First and last layers keep 8 bits, or 16; what a kernel reads is what its row says."""
+    model = qat.quantize_model(small_models.model_of(three_convolutions, IMAGE), name)
+    rows = {row.name: row for row in qat.quantization_report(model)}
+    kernels = [rows[layer] for layer in ("first", "middle", "last")]
+    edge = max(8, activation_bits)
+    assert [row.activation_bits for row in kernels] == [edge, activation_bits, edge]
+    assert [row.weight_bits for row in kernels] == [8, weight_bits, 8]
+    assert all(type(row.weight_bits) is int for row in kernels)
+    assert [row.method for row in kernels] == ["minmax", method, "minmax"]
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsqplus", "pact", "ewgs", "dsq", "dorefa", "minmax"])
+def test_methods_of_activations(method):
+    """The ReLU's row names the quantizer of what the next kernel reads."""
+    model = qat.quantize_model(small_models.model_of(three_convolutions, IMAGE), f"w4a4-{method}")
+    rows = {row.name: row for row in qat.quantization_report(model)}
+    assert rows["first_relu"].method == method
+    assert rows["last_relu"].method == "minmax"
 
 
 def test_a_float_model_is_refused(net):

@@ -12,7 +12,7 @@ import tf_keras
 
 from qat import configs, quantizers
 from qat.configs import LayerQuantizeConfig
-from qat.recipe import TensorSpec
+from qat.recipe import METHODS, RecipeError, TensorSpec
 
 keras = tfmot.quantization.keras
 layers = tf_keras.layers
@@ -61,7 +61,7 @@ def quantized(kind, config):
 def variables(layer):
     """{own name: variable} of the kernels and the bias."""
     named = {v.name.split("/")[-1].split(":")[0]: v for v in layer.weights}
-    return {name: v for name, v in named.items() if "kernel" in name or name == "bias"}
+    return {name: v for name, v in named.items() if name.endswith("kernel") or name == "bias"}
 
 
 def batch(kind, count=6):
@@ -156,17 +156,26 @@ def test_outputs_lie_on_their_grid(kind):
 
 @pytest.mark.parametrize(
     ("kind", "made"),
-    [*((kind, "w4a8") for kind in KINDS), ("Conv2D", "w2"), ("Depthwise2", "binary")],
+    [
+        *((kind, made) for kind in KINDS for made in ("w4a8", "learned")),
+        ("Conv2D", "w2"),
+        ("Depthwise2", "binary"),
+    ],
 )
 def test_h5_needs_only_tfmots_scope(kind, made, tmp_path):
     config = {
         "w4a8": configs.uniform(weight_bits=4),
         "w2": configs.uniform(weight_bits=2, activation_bits=None),
         "binary": configs.binary(surrogate="swish"),
+        "learned": LayerQuantizeConfig(
+            weights=TensorSpec(bits=4), output=TensorSpec(bits=4, method="lsqplus")
+        ),
     }[made]
     model, _ = quantized(kind, config)
     x = batch(kind)
     model(x, training=True)
+    for index, variable in enumerate(model.trainable_variables):
+        variable.assign(variable * (1 + 0.01 * index) + 0.001)  # no gain is 1, no shift 0
     path = str(tmp_path / "model.h5")
     model.save(path)
     with keras.quantize_scope():
@@ -175,6 +184,26 @@ def test_h5_needs_only_tfmots_scope(kind, made, tmp_path):
     # Not only the weights: training goes on alike.
     np.testing.assert_array_equal(restored(2 * x, training=True), model(2 * x, training=True))
     assert restored.layers[-1].quantize_config == config
+    names = [[v.name.split("/")[-1] for v in each.weights] for each in (model, restored)]
+    assert names[0] == names[1]
+
+
+def test_an_h5_file_knows_kernel_and_gain_apart(tmp_path):
+    """A kernel of one input has its gain's shape: only the order of weights tells them apart."""
+    config = LayerQuantizeConfig(weights=TensorSpec(bits=4))
+    inputs = tf_keras.Input((1,))
+    annotated = keras.quantize_annotate_layer(layers.Dense(3, use_bias=False), config)
+    model = keras.quantize_apply(tf_keras.Model(inputs, annotated(inputs)))
+    kernel, gain = model.trainable_variables
+    assert kernel.shape == gain.shape == (1, 3)
+    kernel.assign([[0.5, -0.25, 2.0]])
+    gain.assign([[1.5, 1.25, 0.75]])
+    model.save(str(tmp_path / "model.h5"))
+    with keras.quantize_scope():
+        restored = tf_keras.models.load_model(str(tmp_path / "model.h5"))
+    values = {v.name.split("/")[-1]: v.numpy() for v in restored.trainable_variables}
+    np.testing.assert_array_equal(values["kernel:0"], kernel)
+    np.testing.assert_array_equal(values["kernel_gain:0"], gain)
 
 
 def test_binary_kernels_are_plus_minus_their_mean():
@@ -187,7 +216,7 @@ def test_binary_kernels_are_plus_minus_their_mean():
 
 
 def test_per_tensor_kernels_share_one_scale():
-    config = LayerQuantizeConfig(weights=TensorSpec(bits=4, per_channel=False))
+    config = LayerQuantizeConfig(weights=TensorSpec(bits=4, method="minmax", per_channel=False))
     _, wrapper = quantized("Conv2D", config)
     kernel = values_of(wrapper)["kernel"]
     wrapper(batch("Conv2D"))
@@ -229,6 +258,73 @@ def test_quantizers_of_a_width():
     )
 
 
+LEARNED = {
+    "lsq": (quantizers.LsqQuantizer, {}),
+    "ewgs": (quantizers.LsqQuantizer, {"backward": "ewgs"}),
+    "dsq": (quantizers.LsqQuantizer, {"backward": "dsq"}),
+}
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("bits", ["t", 2, 3, 4, 8])
+def test_learned_kernels(method, bits):
+    """Ternary is -1, 0, 1; two and three bits take the lowest code too, as LSQ does."""
+    kind, options = LEARNED[method]
+    made = configs.weight_quantizer(TensorSpec(bits=bits, method=method), (-2, -1))
+    assert made == kind(
+        num_bits=2 if bits == "t" else bits,
+        symmetric=True,
+        narrow_range=bits not in (2, 3),
+        channel_axes=(-2, -1),
+        **options,
+    )
+    top = {"t": 1, 2: 1, 3: 3, 4: 7, 8: 127}[bits]
+    assert made.codes_range == (-top - 1 if bits in (2, 3) else -top, top)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("minmax", quantizers.MovingAverageQuantizer(num_bits=4)),
+        ("lsq", quantizers.LsqQuantizer(num_bits=4)),
+        ("lsqplus", quantizers.LsqPlusQuantizer(num_bits=4)),
+        ("pact", quantizers.PactQuantizer(num_bits=4)),
+        ("ewgs", quantizers.LsqQuantizer(num_bits=4, backward="ewgs")),
+        ("dsq", quantizers.LsqQuantizer(num_bits=4, backward="dsq")),
+        ("dorefa", quantizers.DorefaActivationQuantizer(num_bits=4)),
+    ],
+)
+def test_activations_of_a_method(method, expected):
+    assert configs.activation_quantizer(TensorSpec(bits=4, method=method)) == expected
+
+
+ROLES = {
+    "weights": lambda spec: configs.weight_quantizer(spec, (-1,)),
+    "activations": configs.activation_quantizer,
+}
+EVERY_SPEC = [
+    (role, bits, method)
+    for method, made in METHODS.items()
+    for role in ROLES
+    for bits in getattr(made, role)
+]
+
+
+@pytest.mark.parametrize(("role", "bits", "method"), EVERY_SPEC)
+def test_every_spec_makes_a_quantizer_that_says_what_it_is(role, bits, method):
+    made = ROLES[role](TensorSpec(bits=bits, method=method))
+    assert type(made.num_bits) is int and made.num_bits == (2 if bits == "t" else bits)
+    # A reactnet kernel is a binary one; what surrounds it makes the method.
+    assert made.method == method or (method == "reactnet" and made.method == "binary")
+
+
+def test_options_go_before_the_methods_own():
+    spec = TensorSpec(bits=4, method="ewgs", options={"strength": 0.2, "narrow_range": False})
+    made = configs.weight_quantizer(spec, (-1,))
+    assert (made.backward.rule, made.backward.strength) == ("ewgs", 0.2)
+    assert made.narrow_range is False
+
+
 CONFIGS = {
     "uniform": configs.uniform(),
     "uniform2": configs.uniform(weight_bits=2, activation_bits=None),
@@ -239,6 +335,9 @@ CONFIGS = {
         output=TensorSpec(bits=16, options={"decay": 0.5}),
     ),
     "nothing": LayerQuantizeConfig(),
+    "learned": LayerQuantizeConfig(
+        weights=TensorSpec(bits="t"), output=TensorSpec(bits=4, method="pact")
+    ),
 }
 
 
@@ -265,6 +364,35 @@ def test_keep_float_excludes_specs():
     for specs in ({"weights": TensorSpec()}, {"output": TensorSpec()}):
         with pytest.raises(ValueError, match="keep_float or specs, not both"):
             LayerQuantizeConfig(keep_float="why", **specs)
+
+
+def test_a_config_names_its_methods():
+    """The best known can change between saving and loading."""
+    config = LayerQuantizeConfig(weights=TensorSpec(bits=4), output=TensorSpec(bits=8))
+    assert (config.weights.method, config.output.method) == ("lsq", "minmax")
+    content = config.get_config()
+    assert (content["weights"]["method"], content["output"]["method"]) == ("lsq", "minmax")
+    assert configs.uniform(weight_bits=4, activation_bits=4).get_config() == (
+        LayerQuantizeConfig(
+            weights=TensorSpec(bits=4, method="minmax"),
+            output=TensorSpec(bits=4, method="minmax"),
+        ).get_config()
+    )
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        {"weights": TensorSpec(bits=16)},
+        {"weights": TensorSpec(bits=4, method="pact")},
+        {"output": TensorSpec(bits="t")},
+        {"output": TensorSpec(bits=4, method="statsq")},
+    ],
+)
+def test_what_a_role_does_not_have_is_refused_at_once(specs):
+    with pytest.raises(RecipeError) as error:
+        LayerQuantizeConfig(**specs)
+    assert "\n" not in str(error.value)
 
 
 def test_a_layer_without_kernel_is_named():

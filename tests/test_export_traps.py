@@ -177,8 +177,21 @@ def test_softmax_needs_no_second_quantize(folder):
     assert_agree(model, path, data, limit=2, share=0.1)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
-def test_low_bit_kernels(folder, bits):
+LOW_BITS = [  # width, method, lowest and highest code of a uniform grid
+    (1, "binary", None),
+    (2, "minmax", (-1, 1)),
+    (3, "minmax", (-3, 3)),
+    (4, "minmax", (-7, 7)),
+    (5, "minmax", (-15, 15)),
+    ("t", "lsq", (-1, 1)),
+    (2, "lsq", (-2, 1)),
+    (3, "lsq", (-4, 3)),
+    (4, "lsq", (-7, 7)),
+]
+
+
+@pytest.mark.parametrize(("bits", "method", "codes"), LOW_BITS)
+def test_low_bit_kernels(folder, bits, method, codes):
     """At most 2^W integers a channel, none outside the width, zero point 0, and their values."""
 
     def build(x):
@@ -190,11 +203,13 @@ def test_low_bit_kernels(folder, bits):
         ]
 
     net = small_models.model_of(build, IMAGE)
-    model = small_models.quantized(net, small_models.recipe(bits, 8))
-    path = folder / f"w{bits}.tflite"
+    rule = qat.Rule(
+        weights=qat.TensorSpec(bits=bits, method=method), activations=qat.TensorSpec(bits=8)
+    )
+    model = small_models.quantized(net, qat.Recipe(name="low", rules=(rule,)))
+    path = folder / f"w{bits}-{method}.tflite"
     qat.export_tflite(model, path)
     kernels = {t.name: t for t in read_file(path).tensors if t.name.endswith("/kernel")}
-    limit = 2 ** (bits - 1) - 1
     to_keras = {
         "conv": lambda k: k.transpose(1, 2, 3, 0),
         "depthwise": lambda k: k.transpose(1, 2, 3, 0),
@@ -203,7 +218,7 @@ def test_low_bit_kernels(folder, bits):
     }
     for name, restore in to_keras.items():
         tensor = kernels[f"{name}/kernel"]
-        packed = bits <= 4 and name != "transposed"
+        packed = bits != 5 and name != "transposed"
         assert tensor.dtype == ("int4" if packed else "int8")
         assert (tensor.zero_point == 0).all()
         axis = 3 if name == "depthwise" else 0
@@ -212,9 +227,12 @@ def test_low_bit_kernels(folder, bits):
         for channel in channels:
             if bits == 1:
                 assert len(np.unique(np.abs(channel))) == 1 and channel.all()
-            else:
-                assert np.abs(channel).max() == limit
-            assert len(np.unique(channel)) <= 2**bits
+                assert len(np.unique(channel)) <= 2
+                continue
+            assert channel.min() >= codes[0] and channel.max() <= codes[1]
+            # The grid is used: up to its end by min-max, nearly so where the step was searched.
+            reached = max(-channel.min() / -codes[0], channel.max() / codes[1])
+            assert reached == 1 if method == "minmax" else reached >= 0.5
         # The reals that the file stands for are the float kernel's nearest grid values.
         shape = [1] * tensor.data.ndim
         shape[axis] = -1
@@ -226,8 +244,13 @@ def test_low_bit_kernels(folder, bits):
             magnitude = np.abs(restore_channels(name, real)).max(axis=1)
             np.testing.assert_allclose(magnitude, mean, rtol=1e-5)
         else:
-            error = np.abs(restore_channels(name, weight - real)).max(axis=1)
+            # Min-max reaches every weight; what a learned grid does not reach saturates.
+            low, high = (code * tensor.scale.astype(float).reshape(shape) for code in codes)
+            inside = np.clip(weight, *(restore(end) for end in (low, high)))
+            error = np.abs(restore_channels(name, inside - real)).max(axis=1)
             assert (error <= 0.5 * tensor.scale * (1 + 1e-5)).all()
+            clipped = np.abs(restore_channels(name, weight - inside)).max(axis=1)
+            assert method != "minmax" or (clipped <= 1e-5 * tensor.scale).all()
 
 
 def restore_channels(name: str, kernel: np.ndarray) -> np.ndarray:

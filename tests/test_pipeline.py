@@ -17,6 +17,7 @@ from qat.errors import QatError
 from qat.pipeline import Job
 from qat.recipe import Recipe
 from qat.saving import load_recipe_of
+from qat.settings import TrainSettings, recommended
 from qat.tflite_file import read_file
 
 layers = tf_keras.layers
@@ -143,6 +144,7 @@ SCHEMA = {
         "target": str,
         "io": str,
     },
+    "qat_settings": dict,
     "layers": list,
     "seconds": {"float_training": float, "qat_training": float, "export": float, "verify": float},
 }
@@ -279,6 +281,53 @@ def test_a_new_run_removes_what_an_old_one_left(calibrated, tints, tmp_path):
     assert names(tmp_path) - {"tensorboard"} == OUTPUTS - {"tensorboard", "float_model.keras"} | {
         "notes.txt"
     }
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.fixture
+def configs(monkeypatch) -> dict[str, train.TrainConfig]:
+    """{phase: config} of the trainings that a run asks for; none takes place."""
+    found = {}
+
+    def fit(model, data, config):
+        found[config.checkpoint_dir.name] = config
+        return 0
+
+    monkeypatch.setattr(train, "fit", fit)
+    return found
+
+
+def asked(tints, folder, configs, recipe, **options) -> train.TrainConfig:
+    """The config of the quantized training of a run."""
+    report = pipeline.run(job(tints, folder, recipe, **options))
+    assert report["qat_settings"]["learning_rate"] == configs["qat"].learning_rate
+    return configs["qat"]
+
+
+def test_a_recipe_is_trained_with_its_settings(tints, tmp_path, configs):
+    config, best = asked(tints, tmp_path, configs, "w2a2", qat_epochs=None), recommended("w2a2")
+    assert best.distill and config.teacher.name == "cnn5"
+    assert config.epochs == best.epochs_factor * train.default_epochs(4, quantized=True)
+    for name in ("learning_rate", "weight_decay", "distill_weight", "dampening"):
+        assert getattr(config, name) == getattr(best, name), name
+    assert config.reestimate_batch_norm == best.reestimate_batch_norm > 0
+    assert configs["float"].teacher is None and configs["float"].learning_rate == 1e-3
+
+
+def test_flags_override_the_settings(tints, tmp_path, configs):
+    options = {"qat_learning_rate": 0.125, "qat_epochs": 7, "distill": False}
+    config = asked(tints, tmp_path, configs, "w2a2", **options)
+    assert (config.learning_rate, config.epochs, config.teacher) == (0.125, 7, None)
+    assert asked(tints, tmp_path, configs, "w8a8", distill=True).teacher is not None
+
+
+def test_a_job_may_bring_its_own_settings(tints, tmp_path, configs):
+    own = TrainSettings(learning_rate=0.25, warmup=0.5, gradual_bits=((8, 0.5),))
+    config = asked(tints, tmp_path, configs, "w4a4", settings=own, qat_epochs=2)
+    assert (config.learning_rate, config.warmup_steps) == (0.25, 4)
+    assert config.gradual_bits == ((8, 0.5),) and config.dampening == 0.0
 
 
 # ---------------------------------------------------------------- going on

@@ -15,6 +15,7 @@ import tf_keras
 
 import models
 import qat
+from qat.settings import recommended
 
 TESTS = pathlib.Path(__file__).resolve().parent
 PROJECT = TESTS.parent
@@ -137,6 +138,10 @@ RIGHT_CALLS = {
     "train on a given model": (
         "train",
         "--output_dir=new --float_model=float.keras --qat_epochs=0",
+    ),
+    "train without distillation": (
+        "train",
+        "--output_dir=new --float_model=float.keras --qat_epochs=0 --recipe=w2a2 --nodistill",
     ),
     "export": ("export", "--qat_model=qat.keras --output=new.tflite --io=uint8"),
     "evaluate": ("evaluate", "--tflite=good.tflite --split=test[:50] --json=new.json"),
@@ -314,6 +319,20 @@ def test_train_on_a_given_model_writes_no_other_float_model(results):
     assert "new/qat_model.keras" in result["changes"]
     assert "new/float_model.keras" not in result["changes"]
     assert "float.keras" not in result["changes"]
+
+
+@pytest.mark.parametrize(
+    "call, recipe, distill",
+    (
+        ("train", "w4a8", recommended("w4a8").distill),
+        ("train without distillation", "w2a2", False),
+    ),
+)
+def test_train_says_which_settings_it_took(call, recipe, distill, results):
+    shown = re.search(r"settings: (\{.*\})", results[call]["stdout"])
+    settings = json.loads(shown[1])
+    assert settings == recommended(recipe).to_dict() | {"distill": distill}
+    assert recommended("w2a2").distill, "the flag has nothing to switch off"
 
 
 def test_export_writes_its_file_alone(results):

@@ -150,7 +150,11 @@ def test_configs_name_every_option():
         "symmetric": True,
         "narrow_range": True,
         "channel_axes": (-2, -1),
+        "backward": "ste",
+        "strength": None,
     }
+    rule = LastValueQuantizer(backward="dsq").get_config()
+    assert (rule["backward"], rule["strength"]) == ("dsq", 0.4)
     assert MovingAverageQuantizer(decay=0.5).get_config()["decay"] == 0.5
     fixed = FixedRangeQuantizer(minimum=0, maximum=255).get_config()
     assert (fixed["minimum"], fixed["maximum"]) == (0.0, 255.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import pathlib
 
@@ -12,14 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat import configs, errors, recipe
-from qat.recipe import Recipe, RecipeError, Rule, TensorSpec, load_recipe
+from qat.recipe import METHODS, TERNARY, Recipe, RecipeError, Rule, TensorSpec, load_recipe
 from qat.scheme import NOT_ANNOTATED, decide
 
 layers = tf_keras.layers
 
-W4 = TensorSpec(bits=4)
-A4 = TensorSpec(bits=4)
-EIGHT = TensorSpec()
+# As rules keep them: the method is named.
+W4 = TensorSpec(bits=4).resolved("weights")
+A4 = TensorSpec(bits=4).resolved("activations")
+EIGHT = TensorSpec().resolved("weights")
+WEIGHTS = (1, "t", 2, 3, 4, 5, 6, 7, 8)
+ACTIVATIONS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+BEST_WEIGHTS = {1: "binary", "t": "lsq", 2: "lsq", 3: "lsq", 4: "lsq"}  # else min-max
+BEST_ACTIVATIONS = {1: "binary", 8: "minmax", 16: "minmax"}  # else LSQ
 
 
 def one_line(error) -> str:
@@ -32,15 +38,15 @@ def one_line(error) -> str:
 # The grammar.
 
 
-@pytest.mark.parametrize("weight_bits", [1, 2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("activation_bits", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize("weight_bits", WEIGHTS)
+@pytest.mark.parametrize("activation_bits", ACTIVATIONS)
 def test_every_legal_name(weight_bits, activation_bits):
     made = Recipe.from_name(f"w{weight_bits}a{activation_bits}")
     assert made.name == f"w{weight_bits}a{activation_bits}"
     *edges, rest = made.rules
     assert (rest.weights.bits, rest.activations.bits) == (weight_bits, activation_bits)
-    assert rest.weights.method == ("binary" if weight_bits == 1 else "minmax")
-    assert rest.activations.method == ("binary" if activation_bits == 1 else "minmax")
+    assert rest.weights.method == BEST_WEIGHTS.get(weight_bits, "minmax")
+    assert rest.activations.method == BEST_ACTIVATIONS.get(activation_bits, "lsq")
     assert (rest.layer, rest.type, rest.position, rest.keep_float) == (None, None, None, None)
     # Below eight bits the first and last layers keep eight (sixteen if all activations have it).
     if weight_bits == 8 and activation_bits >= 8:
@@ -49,15 +55,92 @@ def test_every_legal_name(weight_bits, activation_bits):
         assert [edge.position for edge in edges] == ["first", "last"]
         for edge in edges:
             assert edge.weights == EIGHT
-            assert edge.activations.bits == (16 if activation_bits == 16 else 8)
+            bits = 16 if activation_bits == 16 else 8
+            assert edge.activations == TensorSpec(bits=bits, method="minmax")
 
 
-@pytest.mark.parametrize("method", ["minmax"])
-@pytest.mark.parametrize("name", ["w8a8", "w4a4", "w2a16"])
-def test_methods_can_be_named(name, method):
-    made = Recipe.from_name(f"{name}-{method}")
-    assert made.name == f"{name}-{method}"
+def test_the_tables_of_the_best_are_whole_and_legal():
+    for role, widths in (("weights", WEIGHTS), ("activations", ACTIVATIONS)):
+        best = getattr(recipe, f"BEST_FOR_{role.upper()}")
+        assert tuple(sorted(best, key=str)) == tuple(sorted(widths, key=str))
+        for bits, method in best.items():
+            assert bits in getattr(METHODS[method], role)
+            assert TensorSpec(bits=bits).resolved(role).method == method
+
+
+UP_TO_8 = (2, 3, 4, 5, 6, 7, 8)
+# What each method can make, from its paper and the containers: weights, activations.
+MADE = {
+    "minmax": (UP_TO_8, (*UP_TO_8, 16)),
+    "lsq": (("t", *UP_TO_8), UP_TO_8),
+    "lsqplus": ((), UP_TO_8),
+    "pact": ((), UP_TO_8),
+    "ewgs": (("t", *UP_TO_8), UP_TO_8),
+    "dsq": (("t", *UP_TO_8), UP_TO_8),
+    "dorefa": ((1, 2, 3, 4, 5, 6, 7), UP_TO_8),
+    "statsq": ((2, 3, 4, 5, 6, 7), ()),
+    "twn": (("t",), ()),
+    "ttq": (("t",), ()),
+    "xnor": ((1,), ()),
+    "bwn": ((1,), ()),
+    "binary": ((1,), (1,)),
+    "reactnet": ((1,), (1,)),
+}
+
+
+def test_every_method_is_in_the_table_below():
+    assert set(MADE) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_a_method_makes_its_widths_and_no_others(method):
+    for role, made in zip(("weights", "activations"), MADE[method], strict=True):
+        for bits in WEIGHTS if role == "weights" else ACTIVATIONS:
+            spec = TensorSpec(bits=bits, method=method)
+            if bits in made:
+                assert spec.resolved(role) == spec
+                continue
+            with pytest.raises(RecipeError, match=f"'{method}' makes no {bits}-bit") as error:
+                spec.resolved(role)
+            legal = one_line(error).split("those that do: ")[1].split(", ")
+            able = [name for name in MADE if bits in MADE[name][role == "activations"]]
+            assert legal == able
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_names_with_a_method(method):
+    """It goes to each role that it makes at all; the other role takes the best known."""
+    weights, activations = MADE[method]
+    for weight_bits, activation_bits in itertools.product(WEIGHTS, ACTIVATIONS):
+        name = f"w{weight_bits}a{activation_bits}-{method}"
+        if (weights and weight_bits not in weights) or (
+            activations and activation_bits not in activations
+        ):
+            with pytest.raises(RecipeError, match=f"method '{method}' makes no") as error:
+                Recipe.from_name(name)
+            one_line(error)
+            continue
+        made, plain = Recipe.from_name(name), Recipe.from_name(name.split("-")[0])
+        assert made.name == name and len(made.rules) == len(plain.rules)
+        rest, best = made.rules[-1], plain.rules[-1]
+        assert (rest.weights.bits, rest.activations.bits) == (weight_bits, activation_bits)
+        assert rest.weights.method == (method if weights else best.weights.method)
+        assert rest.activations.method == (method if activations else best.activations.method)
+        for edge in made.rules[:-1]:
+            assert edge.weights == EIGHT  # the method is for the layers between
+            assert edge.activations.bits == max(8, activation_bits)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w5a8", "w8a16"])
+def test_minmax_is_the_best_from_eight_bits_up(name):
+    made = Recipe.from_name(f"{name}-minmax")
+    assert made.name == f"{name}-minmax"
     assert made.rules == Recipe.from_name(name).rules
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w2a2", "wta3"])
+def test_lsq_is_the_best_below(name):
+    assert Recipe.from_name(f"{name}-lsq").rules == Recipe.from_name(name).rules
 
 
 def test_w1a1_is_binary_by_any_name():
@@ -74,7 +157,8 @@ def test_the_default_is_w8a8():
     ["", "w8", "a8", "8a8", "W8A8", "w8a8 ", " w8a8", "w8a8\n", "w8a8-", "w8-a8", "w8.0a8"]
     + ["w0a8", "w9a8", "w16a8", "w32a32", "w8a0", "w8a9", "w8a12", "w8a15", "w8a17", "w8a32"]
     + ["w-4a8", "int8", "w8a8-magic", "w8a8-lsq-minmax", "w1a1-minmax", "w8a8-binary"]
-    + ["w08a8", "w8a08", "w\u0664a8", "tw8a8", "w8a8\x00", "default"],
+    + ["w08a8", "w8a08", "w\u0664a8", "tw8a8", "w8a8\x00", "default"]
+    + ["w8at", "wTa8", "w2ta8", "wt2a8", "wtat", "ta8", "wta8-minmax", "w8a8-LSQ", "w8a8-statsq"],
 )
 def test_illegal_names(name):
     with pytest.raises(RecipeError) as error:
@@ -111,9 +195,12 @@ def test_what_is_no_recipe_is_refused(bad):
         ({"bits": "4"}, "bits must be one of"),
         ({"bits": True}, "bits must be one of"),
         ({"bits": 4, "method": "magic"}, "unknown method 'magic'"),
-        ({"bits": 4, "method": "binary"}, "does not make 4-bit"),
-        ({"bits": 1, "method": "minmax"}, "does not make 1-bit"),
+        ({"bits": 4, "method": ["lsq"]}, "unknown method"),
+        ({"bits": "T"}, "bits must be one of"),
+        ({"bits": [4]}, "bits must be one of"),
+        ({"bits": None}, "bits must be one of"),
         ({"options": [1]}, "options must be a mapping"),
+        ({"per_channel": 1}, "per_channel must be true or false"),
     ],
 )
 def test_illegal_specs(options, message):
@@ -122,10 +209,38 @@ def test_illegal_specs(options, message):
     one_line(error)
 
 
-def test_a_spec_without_a_method_takes_the_best():
-    assert TensorSpec(bits=4) == TensorSpec(bits=4, method="minmax")
-    assert TensorSpec(bits=1).method == "binary"
+def test_a_spec_without_a_method_takes_the_best_of_its_role():
+    spec = TensorSpec(bits=5, per_channel=False, options={"backward": "ewgs"})
+    assert spec.method is None
+    weights, activations = spec.resolved("weights"), spec.resolved("activations")
+    assert (weights.method, activations.method) == ("minmax", "lsq")
+    for resolved in (weights, activations):  # nothing else changes
+        assert (resolved.bits, resolved.per_channel) == (5, False)
+        assert resolved.options == {"backward": "ewgs"}
+        assert resolved != spec
+    assert spec.method is None
+    assert TensorSpec(bits=1).resolved("weights").method == "binary"
     assert TensorSpec(bits=4, per_channel=False) != TensorSpec(bits=4)
+
+
+@pytest.mark.parametrize(
+    ("role", "bits", "legal"), [("weights", 16, WEIGHTS), ("activations", TERNARY, ACTIVATIONS)]
+)
+def test_a_width_that_the_role_does_not_have(role, bits, legal):
+    for method in (None, "minmax", "lsq"):
+        with pytest.raises(RecipeError, match=f"{role} have one of") as error:
+            TensorSpec(bits=bits, method=method).resolved(role)
+        message = one_line(error)
+        assert repr(bits) in message and all(repr(width) in message for width in legal)
+
+
+def test_rules_resolve_their_specs():
+    rule = Rule(weights=TensorSpec(bits=4), activations=TensorSpec(bits=16))
+    assert (rule.weights, rule.activations) == (W4, TensorSpec(bits=16, method="minmax"))
+    named = TensorSpec(bits=4, method="statsq")
+    assert Rule(weights=named).weights == named
+    # Equal by any way of writing it, so that a recipe equals the one read from its file.
+    assert Rule(weights=TensorSpec(bits=4)) == Rule(weights=W4)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +253,14 @@ def test_a_spec_without_a_method_takes_the_best():
         ({"layer": "conv", "keep_float": ""}, "keep_float needs a reason"),
         ({"keep_float": "  "}, "keep_float needs a reason"),
         ({"position": "middle", "weights": W4}, "position must be one of"),
-        ({"weights": TensorSpec(bits=16)}, "weight bits must be one of"),
+        ({"weights": TensorSpec(bits=16)}, "weights have one of"),
+        ({"activations": TensorSpec(bits="t")}, "activations have one of"),
+        ({"weights": TensorSpec(bits=4, method="binary")}, "'binary' makes no 4-bit weights"),
+        ({"weights": TensorSpec(bits=1, method="minmax")}, "'minmax' makes no 1-bit weights"),
+        ({"weights": TensorSpec(bits=4, method="pact")}, "'pact' makes no 4-bit weights"),
+        ({"weights": TensorSpec(bits=8, method="dorefa")}, "'dorefa' makes no 8-bit weights"),
+        ({"activations": TensorSpec(bits=1, method="lsq")}, "'lsq' makes no 1-bit activations"),
+        ({"activations": TensorSpec(bits=4, method="statsq")}, "makes no 4-bit activations"),
     ],
 )
 def test_illegal_rules(options, message):
@@ -212,12 +334,16 @@ MINE = Recipe(
             activations=TensorSpec(bits=16, options={"decay": 0.5}),
         ),
         Rule(type="Dense", weights=TensorSpec(bits=4, per_channel=False)),
+        Rule(type="Conv?D", weights=TensorSpec(bits="t", method="ttq")),
         Rule(activations=TensorSpec(bits=8)),
     ),
 )
 
 
-@pytest.mark.parametrize("made", [MINE, *map(Recipe.from_name, ("w8a8", "w1a1", "w3a2", "w4a16"))])
+ROUND_TRIPS = ("w8a8", "w1a1", "w3a2", "w4a16", "wta8", "w4a4-pact", "w1a8-xnor", "wta2-ttq")
+
+
+@pytest.mark.parametrize("made", [MINE, *map(Recipe.from_name, ROUND_TRIPS)])
 def test_json_round_trip(made, tmp_path):
     text = made.to_json()
     assert Recipe.from_json(text) == made
@@ -235,7 +361,8 @@ def test_json_says_only_what_was_given():
         "type": "Conv2D",
         "keep_float": "sensitive: measured",
     }
-    assert content["rules"][3] == {
+    assert content["rules"][3]["weights"]["bits"] == "t"
+    assert content["rules"][4] == {
         "activations": {"bits": 8, "method": "minmax", "per_channel": True, "options": {}}
     }
 
@@ -243,7 +370,7 @@ def test_json_says_only_what_was_given():
 names = st.none() | st.text(min_size=1, max_size=8)
 specs = st.builds(
     TensorSpec,
-    bits=st.integers(1, 8),
+    bits=st.sampled_from(WEIGHTS),
     per_channel=st.booleans(),
     options=st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False), max_size=2),
 )
@@ -287,6 +414,10 @@ BAD_FILES = {
     "bits text": file_with([{"weights": {"bits": "4"}}]),
     "bits illegal": file_with([{"weights": {"bits": 11}}]),
     "weights 16": file_with([{"weights": {"bits": 16}}]),
+    "activations ternary": file_with([{"activations": {"bits": "t"}}]),
+    "bits a list": file_with([{"weights": {"bits": ["t"]}}]),
+    "method of the other role": file_with([{"weights": {"bits": 4, "method": "pact"}}]),
+    "method a list": file_with([{"weights": {"method": ["minmax"]}}]),
     "method": file_with([{"weights": {"method": "magic"}}]),
     "no action": file_with([{"layer": "conv"}]),
     "both actions": file_with([{"weights": {}, "keep_float": "why"}]),
@@ -416,6 +547,7 @@ def test_layers_that_are_not_annotated_stay_float(model):
 
 def test_an_annotations_own_config_goes_first(model):
     given = configs.LayerQuantizeConfig(weights=TensorSpec(bits=2))
+    assert given.weights.method == "lsq"
     annotated = {"stem": given, "body": None, "head": configs.keep_float("asked for")}
     decisions = decided(model, Rule(weights=W4, activations=A4), annotated=annotated)
     assert (decisions["stem"].weights.bits, decisions["stem"].activations) == (2, A4)

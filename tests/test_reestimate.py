@@ -70,3 +70,23 @@ def test_an_empty_dataset_changes_nothing(model):
             model, tf.data.Dataset.from_tensors(np.zeros((1, 8, 8, 2))).take(0)
         )
     np.testing.assert_array_equal(before, model.get_layer("norm1").moving_mean)
+
+
+def test_layers_can_be_tapped_afterwards(model):
+    (x,) = data_for(model, 16, seed=6)
+    qat.reestimate_batch_norm(model, batches([x]))
+    tapped = tf_keras.Model(model.inputs, model.get_layer("norm1").output)
+    assert tapped(x).shape == (16, 6, 6, 4)
+
+
+def test_statistics_that_are_no_numbers_are_refused():
+    """A later layer's: the first is measured on sound values."""
+    spoiled = quantized(model_of(net, (8, 8, 2)), "w8a8")
+    kernel = spoiled.get_layer("quant_two")._weight_vars[0][0]
+    kernel.assign(tf.fill(kernel.shape, np.nan))
+    before = [spoiled.get_layer(name).get_weights() for name in ("norm1", "norm2")]
+    with pytest.raises(ModelError, match="'norm2' gets NaN"):
+        qat.reestimate_batch_norm(spoiled, batches(data_for(spoiled, 16)))
+    for name, weights in zip(("norm1", "norm2"), before, strict=True):
+        for one, other in zip(weights, spoiled.get_layer(name).get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -12,9 +12,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Every one of these may import those above it, and nothing else of qat.
 ORDER = [
     {"errors"},
-    {"ste", "grid", "recipe"},
+    {"ste", "grid", "histogram", "recipe"},
     {"ranges"},
     {"quantizers"},
+    {"reactnet"},
     {"configs", "layers", "canonical", "wrapper"},
     {"roles"},
     {"placement"},

@@ -8,96 +8,40 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_model_optimization as tfmot
 import tf_keras
+from stripes import (
+    STEPS,
+    Recorder,
+    Stripes,
+    Watcher,
+    all_layers,
+    float_model,
+    linear_model,
+    quantized_model,
+    same_model,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qat
+from qat.callbacks import IterativeFreezing
 from qat.errors import QatError
 from qat.train import TrainConfig, TrainingError, default_epochs, fit
 
-layers = tf_keras.layers
-BATCH, STEPS, CLASSES = 8, 4, 3
-
-
-@dataclasses.dataclass
-class Stripes:
-    """Noisy images whose bright row is their class; from step `nan_from` on they are NaN."""
-
-    nan_from: int = 10**9
-    steps_per_epoch: int = STEPS
-
-    def batch(self, seed: int, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng(seed)
-        labels = rng.integers(0, CLASSES, BATCH)
-        images = rng.normal(0, 0.3, (BATCH, 4, 4, 1))
-        images[np.arange(BATCH), labels] += 1
-        return np.where(step < self.nan_from, images, np.nan).astype(np.float32), labels
-
-    def train_stream(self, start_step: int = 0) -> tf.data.Dataset:
-        def batches():
-            for step in itertools.count(start_step):
-                yield self.batch(1000 + step, step)
-
-        return tf.data.Dataset.from_generator(batches, output_signature=SIGNATURE)
-
-    @property
-    def validation(self) -> tf.data.Dataset:
-        images, labels = zip(*(self.batch(seed) for seed in range(4)), strict=True)
-        data = tf.data.Dataset.from_tensor_slices((np.concatenate(images), np.concatenate(labels)))
-        return data.batch(BATCH)
-
-
-SIGNATURE = (
-    tf.TensorSpec((BATCH, 4, 4, 1), tf.float32),
-    tf.TensorSpec((BATCH,), tf.int64),
-)
-
-
-def float_model(seed: int = 0) -> tf_keras.Model:
-    tf_keras.utils.set_random_seed(seed)
-    image = layers.Input((4, 4, 1), name="image")
-    x = layers.Conv2D(4, 3, padding="same", use_bias=False, name="conv")(image)
-    x = layers.ReLU(name="relu")(layers.BatchNormalization(name="bn", momentum=0.9)(x))
-    return tf_keras.Model(image, layers.Dense(CLASSES, name="logits")(layers.Flatten()(x)))
-
-
-def quantized_model(seed: int = 0) -> tf_keras.Model:
-    return qat.calibrate(qat.quantize_model(float_model(seed), "w4a4"), Stripes().validation)
-
-
 MODELS = {"float": float_model, "w4a4": quantized_model}
-
-
-def linear_model(seed: int, *, softmax: bool = False) -> tf_keras.Model:
-    tf_keras.utils.set_random_seed(seed)
-    image = layers.Input((4, 4, 1))
-    logits = layers.Dense(CLASSES, kernel_initializer="he_normal")(layers.Flatten()(image))
-    return tf_keras.Model(image, layers.Softmax()(logits) if softmax else logits)
 
 
 def state(model: tf_keras.Model) -> list[np.ndarray]:
     return [variable.numpy() for variable in (*model.weights, *model.optimizer.variables)]
 
 
-def assert_same_state(first: tf_keras.Model, second: tf_keras.Model) -> None:
-    for left, right in zip(state(first), state(second), strict=True):
+def assert_equal_arrays(first: list[np.ndarray], second: list[np.ndarray]) -> None:
+    for left, right in zip(first, second, strict=True):
         np.testing.assert_array_equal(left, right)
 
 
-class Recorder(tf_keras.callbacks.Callback):
-    """Keeps what each epoch logs and each step's learning rate; is cut off after `last` steps."""
-
-    def __init__(self, last: int | None = None):
-        super().__init__()
-        self.last, self.epochs, self.rates = last, [], []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.rates.append(float(self.model.optimizer.learning_rate))
-        if int(self.model.optimizer.iterations) == self.last:
-            raise KeyboardInterrupt
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.epochs.append((epoch, dict(logs)))
+def assert_same_state(first: tf_keras.Model, second: tf_keras.Model) -> None:
+    assert_equal_arrays(state(first), state(second))
 
 
 def config(epochs: int = 3, learning_rate: float = 0.02, **options) -> TrainConfig:
@@ -107,15 +51,16 @@ def config(epochs: int = 3, learning_rate: float = 0.02, **options) -> TrainConf
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_training_lowers_the_loss(kind):
+@pytest.mark.parametrize(("kind", "epochs", "accuracy"), [("float", 6, 0.8), ("w4a4", 14, 0.6)])
+def test_training_lowers_the_loss(kind, epochs, accuracy):
+    """Four channels of 4 bits learn the task more slowly, and less of it."""
     recorder = Recorder()
-    assert fit(MODELS[kind](), Stripes(), config(6), callbacks=[recorder]) == 0
-    assert [epoch for epoch, _ in recorder.epochs] == list(range(6))
+    assert fit(MODELS[kind](), Stripes(), config(epochs), callbacks=[recorder]) == 0
+    assert [epoch for epoch, _ in recorder.epochs] == list(range(epochs))
     losses = [logs["loss"] for _, logs in recorder.epochs]
-    # log(3) = 1.1 is the loss of a guess.
+    # log(3) = 1.1 is the loss of a guess, and 1/3 its accuracy.
     assert losses[-1] < 0.6 * losses[0] and losses[-1] < 0.5
-    assert recorder.epochs[-1][1]["val_accuracy"] > 0.8
+    assert recorder.epochs[-1][1]["val_accuracy"] > accuracy
 
 
 def test_the_rate_falls_to_0_along_a_cosine():
@@ -123,6 +68,14 @@ def test_the_rate_falls_to_0_along_a_cosine():
     fit(float_model(), Stripes(), config(3, 0.02), callbacks=[recorder])
     expected = [0.01 * (1 + math.cos(math.pi * step / total)) for step in range(total)]
     # The schedule computes in float32: a few ulps of a term of size 1.
+    np.testing.assert_allclose(recorder.rates, expected, rtol=0, atol=0.02 * 1e-6)
+
+
+def test_the_rate_warms_up_along_a_line():
+    recorder, total, warmup = Recorder(), 3 * STEPS, 4
+    fit(linear_model(0), Stripes(), config(3, 0.02, warmup_steps=warmup), callbacks=[recorder])
+    rest = [math.cos(math.pi * (step - warmup) / (total - warmup)) for step in range(warmup, total)]
+    expected = [0.02 * step / warmup for step in range(warmup)] + [0.01 * (1 + c) for c in rest]
     np.testing.assert_allclose(recorder.rates, expected, rtol=0, atol=0.02 * 1e-6)
 
 
@@ -173,26 +126,28 @@ def test_the_profiler_writes_a_profile(tmp_path):
 # ---------------------------------------------------------------- distillation
 
 
-@pytest.mark.parametrize("softmax", (False, True), ids=("logits", "softmax"))
-def test_distillation_replaces_the_labels_by_the_teachers_probabilities(softmax):
-    student, teacher, recorder = linear_model(1), linear_model(2, softmax=softmax), Recorder()
+def test_a_teacher_replaces_the_labels():
+    student, teacher, recorder = linear_model(1), linear_model(2), Recorder()
     data = Stripes()
     # At rate 0 the loss of an epoch is that of the student as it is.
-    fit(student, data, config(1, 0.0, teacher=teacher), callbacks=[recorder])
-    images = np.concatenate([data.batch(1000 + step)[0] for step in range(STEPS)]).reshape(-1, 16)
+    settings = config(1, 0.0, teacher=teacher, distill_temperature=2.0, distill_weight=0.75)
+    fit(student, data, settings, callbacks=[recorder])
+    batches = (data.batch(1000 + step) for step in range(STEPS))
+    images, labels = map(np.concatenate, zip(*batches, strict=True))
 
     def logits(model):
         kernel, bias = (weight.numpy().astype(np.float64) for weight in model.weights)
-        return images @ kernel + bias
+        return images.reshape(-1, 16) @ kernel + bias
 
     def log_softmax(x):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
-    cross = -np.exp(log_softmax(logits(teacher))) * log_softmax(logits(student))
-    logs = recorder.epochs[0][1]
-    assert logs["loss"] == pytest.approx(cross.sum(-1).mean(), rel=1e-5)
-    agreement = (logits(teacher).argmax(-1) == logits(student).argmax(-1)).mean()
-    assert logs["agreement"] == pytest.approx(agreement, abs=1e-6)
+    soft = -np.exp(log_softmax(logits(teacher) / 2)) * log_softmax(logits(student) / 2)
+    hard = -log_softmax(logits(student))[np.arange(len(labels)), labels]
+    logs, expected = recorder.epochs[0][1], 0.75 * 4 * soft.sum(-1).mean() + 0.25 * hard.mean()
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+    accuracy = (logits(student).argmax(-1) == labels).mean()
+    assert logs["accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
 
 def test_distillation_leaves_the_teacher_alone():
@@ -241,6 +196,55 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(when, kind, tmp_
     assert len(recorder.rates) == 3 * STEPS - resumed_at
     assert [epoch for epoch, _ in recorder.epochs] == list(range(resumed_at // STEPS, 3))
     assert_same_state(uninterrupted(kind), resumed)
+
+
+# The last change of widths lies after the interruption at step 7 of 12, all others before it.
+WITH_STATE = {
+    "widths and statistics": (
+        {
+            "gradual_bits": ((8, 0.25), (4, 0.67)),
+            "freeze_batch_norm": 0.5,
+            "reestimate_batch_norm": 3,
+            "freeze_ranges": 0.5,
+            "dampening": 0.1,
+        },
+        list,
+    ),
+    "frozen weights": (
+        {"reestimate_batch_norm": 3, "quantizer_learning_rate": 0.1, "weight_decay": 0.1},
+        # One of the caller's own: what fit is given is part of its checkpoints.
+        lambda: [IterativeFreezing(0.3, first_threshold=0.3, momentum=0.5, start=0.0)],
+    ),
+}
+
+
+@functools.cache
+def other_model() -> tf_keras.Model:
+    """As another process would make it; a checkpoint replaces its weights."""
+    return quantized_model(7, all_layers("w2a2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", WITH_STATE)
+def test_a_resumed_run_with_settings_ends_as_an_uninterrupted_one(settings, tmp_path):
+    options, make = WITH_STATE[settings]
+    options, first, second = config(**options, learning_rate=0.05), make(), make()
+    model = same_model("w2a2")
+    fit(model, Stripes(), options, callbacks=first)
+    whole = state(model)
+    options = dataclasses.replace(options, checkpoint_dir=tmp_path, checkpoint_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        cut_off = [*make(), Recorder(STEPS + 4)]
+        fit(same_model("w2a2"), Stripes(), options, callbacks=cut_off)
+    options, resumed = dataclasses.replace(options, resume=True), other_model()
+    assert fit(resumed, Stripes(), options, callbacks=second) == STEPS + 3
+    assert_equal_arrays(whole, state(resumed))
+    if first:
+        assert 0.0 < first[0].frozen_share == second[0].frozen_share < 1.0
+    # A run that was finished before is finished alike.
+    again = same_model("w2a2")
+    assert fit(again, Stripes(), options, callbacks=make()) == 3 * STEPS
+    assert_equal_arrays(whole, state(again))
 
 
 def test_a_run_cut_off_twice_in_one_epoch_goes_on_twice(tmp_path):
@@ -304,18 +308,73 @@ def test_a_huge_rate_ends_in_the_error():
         fit(float_model(), Stripes(), config(3, 1e38))
 
 
+# ---------------------------------------------------------------- settings
+
+
+def bits_of(model):
+    found = [layer.quantizer for layer in model.layers if isinstance(layer, qat.FakeQuantize)]
+    found += [v[1] for la in model.layers for v in getattr(la, "_weight_vars", ())]
+    return [quantizer.num_bits for quantizer in found]
+
+
+def test_a_training_that_is_cut_off_leaves_no_changed_model():
+    model = same_model("w2a2")
+    before, seen = bits_of(model), Watcher(lambda: bits_of(model))
+    settings = config(
+        gradual_bits=((8, 0.9),), freeze_batch_norm=0.0, dampening=0.1, teacher=linear_model(0)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, Stripes(), settings, callbacks=[seen, Recorder(2)])
+    assert set(seen.seen[-1]) == {8} and bits_of(model) == before and set(before) == {2, 8}
+    assert "compute_loss" not in vars(model)
+    assert not any("call" in vars(layer) for layer in model.layers)
+
+
+def test_statistics_are_measured_at_the_end():
+    model = same_model("w2a2")
+    fit(model, Stripes(), config(1, reestimate_batch_norm=3))
+    found = model.get_weights()
+    qat.reestimate_batch_norm(model, Stripes().train_stream(), steps=3)
+    for left, right in zip(found, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_optimizer_gets_its_settings():
+    model = linear_model(0)
+    fit(model, Stripes(), config(0, weight_decay=0.25, quantizer_learning_rate=0.5))
+    assert model.optimizer.weight_decay == 0.25
+    assert model.optimizer.quantizer_learning_rate == 0.5
+
+
+def quantized_by_tfmot() -> tf_keras.Model:
+    return tfmot.quantization.keras.quantize_model(float_model())
+
+
+@pytest.mark.parametrize("build", (float_model, quantized_by_tfmot), ids=("float", "tfmot"))
+def test_settings_that_do_not_apply_change_nothing(build):
+    bare, given = (build() for _ in range(2))
+    settings = {"iterative_freezing": 0.01, "dampening": 0.1, "quantizer_learning_rate": 0.1}
+    fit(bare, Stripes(), config(1))
+    fit(given, Stripes(), config(1, **settings, freeze_ranges=0.5))
+    assert_same_state(bare, given)
+
+
+def test_settings_that_exclude_each_other_are_refused():
+    with pytest.raises(TrainingError, match="iterative_freezing.*gradual_bits"):
+        config(iterative_freezing=0.01, gradual_bits=((8, 0.5),))
+
+
 # ---------------------------------------------------------------- budget
 
 
-@pytest.mark.parametrize("binary", (False, True))
+@pytest.mark.parametrize("factor", (1, 3))
 @pytest.mark.parametrize("quantized", (False, True))
-def test_epochs_fall_with_the_size_of_the_dataset_and_stay_in_bounds(quantized, binary):
+def test_epochs_fall_with_the_size_of_the_dataset_and_stay_in_bounds(quantized, factor):
     sizes = sorted({round(1.1**power) for power in range(130)})
-    epochs = [default_epochs(steps, quantized=quantized, binary=binary) for steps in sizes]
+    epochs = [default_epochs(steps, quantized=quantized, factor=factor) for steps in sizes]
     assert all(left >= right for left, right in itertools.pairwise(epochs))
     assert all(isinstance(count, int) for count in epochs)
     least, most = (2, 30) if quantized else (4, 60)
-    factor = 3 if binary else 1
     assert (epochs[-1], epochs[0]) == (factor * least, factor * most)
 
 

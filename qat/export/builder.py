@@ -18,6 +18,9 @@ from qat.export.graph import (
 )
 from qat.grid import Grid
 
+# The finest step on which GREATER_EQUAL is used; it is exact from 1/256 on.
+_FINEST_COMPARED = 2.0**-7
+
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class Stored:
@@ -134,26 +137,55 @@ class Builder:
         self.operator("MAXIMUM", 2, [value.tensor, lowest], output, options)
         return Stored(output, grid)
 
-    def sign(self, value: Stored, grid: Grid, name: str) -> Stored:
-        """±1 of an integer tensor: GREATER_EQUAL zero, then SELECT_V2."""
-        if value.grid is None:
-            raise ExportError(f"{name!r}: the sign of a float tensor; quantize its producer")
-        if value.grid.scale >= 1.0:  # LiteRT aborts the process at 1, and shifts by < 0 above
-            raise ExportError(
-                f"{name!r}: the sign of a tensor in steps of {float(value.grid.scale):g}; LiteRT "
-                "needs steps below 1: give the kernel that reads it 8-bit activations"
-            )
-        zero = self.scalar(f"{name}/zero", value.grid, value.grid.zero_point)
+    def sign(self, value: Stored, grid: Grid, name: str, thresholds: np.ndarray) -> Stored:
+        """±1 of an integer tensor: GREATER_EQUAL a code, then SELECT_V2.
+
+        Args:
+            thresholds: per channel or one for all, the lowest code that becomes +1; above qmax
+                where none does: there both choices of the SELECT_V2 are -1.
+        """
+        value = self._comparable(value, name)
+        shape = [1] * (len(value.shape) - 1) + [thresholds.size] if thresholds.size > 1 else []
+        codes = thresholds.reshape(shape)
+        never = codes > value.grid.qmax
+        limit = on_grid(
+            self.name(f"{name}/threshold"),
+            tuple(shape),
+            value.grid,
+            np.minimum(codes, value.grid.qmax),
+        )
         is_positive = Tensor(name=self.name(f"{name}/positive"), shape=value.shape, dtype="bool")
         self.operator(
-            "GREATER_EQUAL", 2, [value.tensor, zero], is_positive, schema.GreaterEqualOptionsT()
+            "GREATER_EQUAL", 2, [value.tensor, limit], is_positive, schema.GreaterEqualOptionsT()
         )
-        plus, minus = (
-            self.scalar(f"{name}/{label}", grid, code)
-            for label, code in (("plus", grid.qmax), ("minus", grid.qmin))
-        )
+        chosen = np.where(never, grid.qmin, grid.qmax) if never.any() else np.asarray(grid.qmax)
+        plus = on_grid(self.name(f"{name}/plus"), chosen.shape, grid, chosen)
+        minus = self.scalar(f"{name}/minus", grid, grid.qmin)
         output = self.activation(name, value.shape, grid)
         self.operator("SELECT_V2", 1, [is_positive, plus, minus], output, schema.SelectV2OptionsT())
+        return Stored(output, grid)
+
+    def _comparable(self, value: Stored, name: str) -> Stored:
+        """The same codes in steps of 1/128 to 1, between which GREATER_EQUAL tells all codes apart.
+
+        It compares `round(256 · real)`: below 1/256 neighbours become equal. At steps of 1 it
+        aborts the process, above it shifts by a negative number. A MUL by a power of two changes
+        the step and no code.
+        """
+        step = np.float32(value.grid.scale)
+        if _FINEST_COMPARED <= step < 1.0:
+            return value
+        mantissa, exponent = np.frexp(step)
+        factor = self.constant(
+            f"{name}/factor",
+            np.asarray(1),
+            "int8",
+            scale=np.exp2([-np.float64(exponent)]).astype(np.float32),
+            zero_point=np.zeros(1, np.int64),
+        )
+        grid = dataclasses.replace(value.grid, scale=np.float32(mantissa))
+        output = self.activation(f"{name}/rescaled", value.shape, grid)
+        self.operator("MUL", 2, [value.tensor, factor], output, schema.MulOptionsT())
         return Stored(output, grid)
 
 

@@ -28,10 +28,12 @@ from qat.export.freeze import (
 )
 from qat.export.graph import ExportError, Graph, Tensor, activation_dtype
 from qat.export.lower_linear import lower_affine, lower_linear, variable
+from qat.export.lower_reactnet import lower_shift, sign_thresholds
 from qat.export.lower_shape import LOWERINGS, TAKES_PENDING
 from qat.export.pending import Linear, Pending
 from qat.grid import Grid
 from qat.layers import FakeQuantize
+from qat.reactnet import LearnedShift
 
 layers = tf_keras.layers
 Value = Stored | Pending
@@ -131,6 +133,8 @@ class _Converter:
             return self._batchnorm(layer, call.inputs[0])
         if isinstance(layer, layers.Rescaling):
             return self._rescaling(layer, call)
+        if isinstance(layer, LearnedShift):
+            return lower_shift(self.builder, layer, self._stored(call.inputs[0]))
         if configs.kernels(layer):
             return self._linear(layer, self._stored(call.inputs[0]), None)
         if isinstance(layer, TAKES_PENDING):
@@ -172,7 +176,8 @@ class _Converter:
         name = layer.name.removesuffix("_fake_quantize")
         grid, value = freeze_activation(layer), self.values[id(tensor)]
         if is_sign(layer):
-            return self.builder.sign(self._stored(tensor), grid, f"{name}/sign")
+            value = self._stored(tensor)
+            return self.builder.sign(value, grid, f"{name}/sign", sign_thresholds(layer, value))
         if self.io != "float32" and any(tensor is wanted for wanted in self.model.inputs):
             return self._integer_input(tensor, value.shape, grid, name)
         return self._onto(value, grid, name)

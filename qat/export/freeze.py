@@ -27,7 +27,7 @@ class FrozenKernel:
     Attributes:
         codes: whole numbers, int8, the kernel's shape.
         scale: float32, shaped to broadcast against codes.
-        bits: width that the recipe gave.
+        bits: width of the smallest integer that holds the codes.
     """
 
     codes: np.ndarray
@@ -64,7 +64,7 @@ def freeze_kernel(layer: QuantizeWrapper) -> FrozenKernel | None:
             )
         codes = quantizer.codes(value, weights).numpy()
         scale = quantizer.grid(weights, value).numpy().scale
-    return FrozenKernel(codes=codes.astype(np.int8), scale=scale, bits=quantizer.num_bits)
+    return FrozenKernel(codes=codes.astype(np.int8), scale=scale, bits=quantizer.container_bits)
 
 
 def freeze_grid(quantizer: GridQuantizer, weights: dict, name: str) -> Grid:

@@ -10,8 +10,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored
 from qat.export.lower_linear import PADDING
+from qat.export.lower_reactnet import lower_slope
 from qat.export.pending import Concat, Elementwise, Pending
 from qat.layers import ReplacedBySign
+from qat.reactnet import LearnedSlope
 from qat.roles import activation_name
 
 layers = tf_keras.layers
@@ -146,6 +148,7 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.ReLU: _activation,
     layers.Softmax: _activation,
     ReplacedBySign: _identity,
+    LearnedSlope: lower_slope,
     layers.Dropout: _identity,
     layers.SpatialDropout1D: _identity,
     layers.SpatialDropout2D: _identity,

@@ -16,10 +16,21 @@ class GridQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
     """A TFMOT quantizer whose output always lies on a `Grid`.
 
     `weights` is the dictionary that `build` returned. `inputs` is the tensor to quantize; only
-    quantizers whose range is the tensor's own need it. `method` is the quantizer's name in recipes.
+    quantizers whose range is the tensor's own need it. `method` is the quantizer's name in recipes,
+    `num_bits` the width that it makes. Equal are two of one class with equal configs.
     """
 
     method = ""
+    num_bits: int
+
+    @property
+    def container_bits(self) -> int:
+        """Width of the smallest two's-complement integer that holds all codes of a kernel."""
+        return self.num_bits
+
+    def build(self, tensor_shape, name: str, layer: tf_keras.layers.Layer) -> dict[str, Any]:
+        """The quantizer's variables, made by `layer.add_weight`; none unless a subclass says so."""
+        return {}
 
     @abc.abstractmethod
     def grid(self, weights: dict[str, Any], inputs: tf.Tensor | None = None) -> Grid:
@@ -33,40 +44,49 @@ class GridQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
         """The integers (float32 whole numbers) that stand for `inputs` on the grid."""
         return self.grid(weights, inputs).quantize(inputs)
 
+    def set_range(self, weights: dict[str, Any], minimum: Any, maximum: Any) -> bool:
+        """Makes the grid cover [minimum, maximum], float32, shaped as the quantizer's own range.
 
-def in_float32(x: tf.Tensor | tf.Variable) -> tf.Tensor:
-    """x as float32; a variable under mixed precision is read before Keras rounds it to 16 bits."""
-    return tf.cast(getattr(x, "_variable", x), tf.float32)
+        Returns:
+            Whether there is a range to set: not if it is fixed or follows the tensor.
+        """
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    __hash__ = None
 
 
-def fake_quantize(x: tf.Tensor, grid: Grid, *, clipped: bool = True) -> tf.Tensor:
-    """Rounds x to the grid and back, with a straight-through gradient.
+def required(inputs: tf.Tensor | None, quantizer: GridQuantizer) -> tf.Tensor:
+    """The tensor that a quantizer takes its grid from.
 
-    Forward `(clip(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`; backward
-    `dx = g` where x lies between the reals of qmin and qmax (both included), else 0. The grid
-    gets no gradient. Computed in float32, returned in x's dtype.
-
-    Args:
-        clipped: some x may lie outside. If the grid was made from x itself none does, and a
-            comparison could only lose the largest one to rounding.
-
-    Source: tensorflow/core/kernels/fake_quant_ops_functor.h (the FakeQuant kernels).
+    Raises:
+        ValueError: there is none.
     """
+    if inputs is None:
+        raise ValueError(
+            f"{type(quantizer).__name__} takes its grid from the tensor: call grid(weights, inputs)"
+        )
+    return inputs
+
+
+def straight_through(x: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """`values` forward, the identity backward: `dx = g`. Both float, of one shape and dtype."""
 
     @tf.custom_gradient
-    def forward(x32, scale, zero_point):
-        lowest = (float(grid.qmin) - zero_point) * scale
-        highest = (float(grid.qmax) - zero_point) * scale
+    def forward(x, values):
+        return tf.identity(values), lambda upstream: (upstream, None)
 
-        def backward(upstream):
-            if not clipped:
-                return upstream, None, None
-            inside = tf.logical_and(x32 >= lowest, x32 <= highest)
-            return tf.where(inside, upstream, tf.zeros_like(upstream)), None, None
+    return forward(x, values)
 
-        return grid.dequantize(grid.quantize(x32)), backward
 
-    return tf.cast(forward(in_float32(x), grid.scale, grid.zero_point), x.dtype)
+def range_shape(tensor_shape, channel_axes: tuple[int, ...] | None) -> list[int]:
+    """The shape of a range that broadcasts against the tensor: [] or ones but for the channels."""
+    if channel_axes is None:
+        return []
+    kept = {axis % len(tensor_shape) for axis in channel_axes}
+    return [size if axis in kept else 1 for axis, size in enumerate(tensor_shape)]
 
 
 def range_variable(
@@ -82,4 +102,28 @@ def range_variable(
         experimental_autocast=False,
         synchronization=tf.VariableSynchronization.AUTO,
         aggregation=tf.VariableAggregation.MEAN,
+    )
+
+
+def trained_variable(
+    layer: tf_keras.layers.Layer, name: str, shape: list[int], initializer: str, regularizer=None
+) -> tf.Variable:
+    """A float32 variable that the optimizer trains, placed behind the weights of a wrapped layer.
+
+    TFMOT's wrapper lists the wrapped layer's weights first if that layer was built before (by
+    `quantize_apply`), else last (when a file is loaded), and files know weights by their order.
+    """
+    listed = {id(weight) for weight in layer._trainable_weights}
+    inner = getattr(layer, "layer", None)
+    for weight in [] if inner is None else inner.trainable_weights:
+        if id(weight) not in listed:
+            layer._trainable_weights.append(weight)
+    return layer.add_weight(
+        name,
+        shape=shape,
+        dtype=tf.float32,
+        initializer=initializer,
+        regularizer=regularizer,
+        trainable=True,
+        experimental_autocast=False,
     )

@@ -9,7 +9,8 @@ import tf_keras
 
 from qat import ranges, ste
 from qat.grid import SMALLEST_SCALE, Grid
-from qat.quantizers.base import GridQuantizer, in_float32
+from qat.quantizers.base import GridQuantizer, required, straight_through
+from qat.quantizers.rounding import in_float32
 
 # The codes that stand for ±1 and ±α. The bias of a kernel is rounded to a multiple of the product
 # of its input's scale and its own: with codes ±1 in both that is a whole product, and signs behind
@@ -21,17 +22,6 @@ WEIGHT_CODE = 7
 
 def _binary_grid(scale: tf.Tensor, code: int) -> Grid:
     return Grid(scale=scale, zero_point=tf.constant(0.0), qmin=-code, qmax=code)
-
-
-def _scale_forward(sign: tf.Tensor, scale: tf.Tensor, code: float) -> tf.Tensor:
-    """`code · sign · scale` whose gradient is that of the sign, so that α scales no step."""
-
-    @tf.custom_gradient
-    def forward(x, alpha):
-        scaled = tf.cast(tf.cast(x, tf.float32) * code * alpha, x.dtype)
-        return scaled, lambda upstream: (upstream, None)
-
-    return forward(sign, scale)
 
 
 class _BinaryQuantizer(GridQuantizer):
@@ -49,17 +39,9 @@ class _BinaryQuantizer(GridQuantizer):
     def get_config(self) -> dict[str, Any]:
         return {"surrogate": self.surrogate, **self.surrogate_options}
 
-    def build(self, tensor_shape, name: str, layer: tf_keras.layers.Layer) -> dict[str, Any]:
-        return {}
-
     def codes(self, inputs: tf.Tensor, weights: dict[str, Any]) -> tf.Tensor:
         code = float(self.grid(weights, inputs).qmax)
-        return tf.where(tf.cast(inputs, tf.float32) >= 0.0, code, -code)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.get_config() == other.get_config()
-
-    __hash__ = None
+        return tf.where(in_float32(inputs) >= 0.0, code, -code)
 
 
 @tf_keras.utils.register_keras_serializable("qat")
@@ -95,20 +77,73 @@ class BinaryWeightQuantizer(_BinaryQuantizer):
     def grid(self, weights, inputs=None):
         if not self.scaled:
             return _binary_grid(tf.constant(1.0 / WEIGHT_CODE), WEIGHT_CODE)
-        if inputs is None:
-            raise ValueError(
-                "BinaryWeightQuantizer scales by the tensor's mean: call grid(weights, inputs)"
-            )
-        scale = ranges.mean_magnitude(inputs, self.channel_axes)
+        x = in_float32(required(inputs, self))
+        scale = ranges.mean_magnitude(x, self.channel_axes)
         return _binary_grid(tf.maximum(scale / WEIGHT_CODE, SMALLEST_SCALE), WEIGHT_CODE)
 
+    @property
+    def container_bits(self) -> int:
+        return WEIGHT_CODE.bit_length() + 1
+
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs, training, weights, **kwargs):
-        grid = self.grid(weights, tf.stop_gradient(in_float32(inputs)))
-        return _scale_forward(self.sign(inputs), grid.scale, float(grid.qmax))
+        x = in_float32(inputs)
+        return tf.cast(self._forward(self.sign(x), self.grid(weights, x)), inputs.dtype)
+
+    def _forward(self, sign: tf.Tensor, grid: Grid) -> tf.Tensor:
+        return straight_through(sign, grid.dequantize(sign * float(grid.qmax)))
 
     def get_config(self):
         own = {"scaled": self.scaled, "channel_axes": self.channel_axes}
         return {**super().get_config(), **own}
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class XnorWeightQuantizer(BinaryWeightQuantizer):
+    """XNOR-Net weights: `α·sign(w)`, α = mean|w|, differentiated as a whole.
+
+    Backward: `dw = α·1[|w| <= 1]·g + sign(w)/n·Σ sign(w)·g`, the sum over the n elements that share
+    α. (The paper prints 1/n for the second term; its implementations differentiate.)
+
+    Args:
+        As `BinaryWeightQuantizer`.
+
+    Source: XNOR-Net arXiv 1603.05279, section 3.1; jiecaoyu/XNOR-Net-PyTorch MNIST/util.py.
+    """
+
+    method = "xnor"
+
+    def _forward(self, sign, grid):
+        return grid.dequantize(sign * float(grid.qmax))
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class BwnWeightQuantizer(BinaryWeightQuantizer):
+    """Binary-Weight-Network: `α·sign(w)`, α = mean|w|; backward the identity.
+
+    Args:
+        As `BinaryWeightQuantizer`.
+
+    Source: arXiv 1603.05279, algorithm 1, which updates w by the gradient of `α·sign(w)`.
+    """
+
+    method = "bwn"
+
+    def __init__(self, *, surrogate: str = "identity", **options):
+        super().__init__(surrogate=surrogate, **options)
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class DorefaBinaryWeightQuantizer(BwnWeightQuantizer):
+    """DoReFa's one-bit weights: BWN with one α for the whole layer.
+
+    Source: DoReFa-Net arXiv 1606.06160; tensorpack examples/DoReFa-Net/dorefa.py.
+    """
+
+    method = "dorefa"
+
+    def __init__(self, *, channel_axes: tuple[int, ...] | None = None, **options):
+        super().__init__(channel_axes=channel_axes, **options)
 
 
 @tf_keras.utils.register_keras_serializable("qat")
@@ -130,5 +165,6 @@ class BinaryActivationQuantizer(_BinaryQuantizer):
     def grid(self, weights, inputs=None):
         return _binary_grid(tf.constant(1.0 / ACTIVATION_CODE), ACTIVATION_CODE)
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs, training, weights, **kwargs):
         return self.sign(inputs)

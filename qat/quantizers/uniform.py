@@ -10,13 +10,14 @@ import tf_keras
 
 from qat import ranges
 from qat.grid import Grid, affine_grid, symmetric_grid
-from qat.quantizers.base import GridQuantizer, fake_quantize, in_float32, range_variable
+from qat.quantizers.base import GridQuantizer, range_shape, range_variable
+from qat.quantizers.rounding import Backward, fake_quantize, in_float32
 
 LEGAL_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
 class UniformQuantizer(GridQuantizer):
-    """Base of the min-max quantizers: turns a range into a grid, and rounds to it.
+    """Base of the uniform quantizers: turns a range into a grid, and rounds to it.
 
     Args:
         num_bits: 1 to 8, or 16 (always symmetric).
@@ -24,9 +25,10 @@ class UniformQuantizer(GridQuantizer):
         narrow_range: symmetric grids only, leaves the lowest code unused.
         channel_axes: axes that keep a range of their own, e.g. (-1,) for a convolution kernel,
             (-2, -1) for a depthwise one; None = one range for the tensor.
+        backward, strength: the tensor's gradient, see `qat.quantizers.rounding`.
 
     Raises:
-        ValueError: illegal `num_bits`, or 1 or 16 bits with the wrong symmetry.
+        ValueError: illegal `num_bits`, 1 or 16 bits with the wrong symmetry, or `backward`.
     """
 
     method = "minmax"
@@ -39,6 +41,8 @@ class UniformQuantizer(GridQuantizer):
         symmetric: bool = False,
         narrow_range: bool = True,
         channel_axes: tuple[int, ...] | None = None,
+        backward: str = "ste",
+        strength: float | None = None,
     ):
         if num_bits not in LEGAL_BITS:
             raise ValueError(f"num_bits must be one of {LEGAL_BITS}, got {num_bits!r}")
@@ -50,6 +54,7 @@ class UniformQuantizer(GridQuantizer):
         self.symmetric = symmetric
         self.narrow_range = narrow_range
         self.channel_axes = None if channel_axes is None else tuple(channel_axes)
+        self.backward = Backward(rule=backward, strength=strength)
 
     @abc.abstractmethod
     def range(
@@ -64,11 +69,12 @@ class UniformQuantizer(GridQuantizer):
             return symmetric_grid(bound, num_bits=self.num_bits, narrow_range=self.narrow_range)
         return affine_grid(minimum, maximum, num_bits=self.num_bits)
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(
         self, inputs: tf.Tensor, training: bool, weights: dict[str, Any], **kwargs
     ) -> tf.Tensor:
         grid = self.grid(weights, tf.stop_gradient(in_float32(inputs)))
-        return fake_quantize(inputs, grid, clipped=self.clips)
+        return fake_quantize(inputs, grid, clipped=self.clips, backward=self.backward)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -76,6 +82,8 @@ class UniformQuantizer(GridQuantizer):
             "symmetric": self.symmetric,
             "narrow_range": self.narrow_range,
             "channel_axes": self.channel_axes,
+            "backward": self.backward.rule,
+            "strength": self.backward.strength,
         }
 
     def __eq__(self, other: object) -> bool:
@@ -124,7 +132,7 @@ class MovingAverageQuantizer(UniformQuantizer):
         self.decay = decay
 
     def build(self, tensor_shape, name: str, layer: tf_keras.layers.Layer) -> dict[str, Any]:
-        shape = self._range_shape(tensor_shape)
+        shape = range_shape(tensor_shape, self.channel_axes)
         return {
             "minimum": range_variable(layer, f"{name}_minimum", shape),
             "maximum": range_variable(layer, f"{name}_maximum", shape),
@@ -148,6 +156,13 @@ class MovingAverageQuantizer(UniformQuantizer):
             lambda: ranges.tensor_range(inputs, self.channel_axes),
         )
 
+    def set_range(self, weights, minimum, maximum):
+        weights["minimum"].assign(minimum)
+        weights["maximum"].assign(maximum)
+        weights["observed"].assign(1.0)
+        return True
+
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs, training, weights, **kwargs):
         if training:
             minimum, maximum = ranges.tensor_range(inputs, self.channel_axes)
@@ -160,12 +175,6 @@ class MovingAverageQuantizer(UniformQuantizer):
 
     def get_config(self):
         return {**super().get_config(), "decay": self.decay}
-
-    def _range_shape(self, tensor_shape) -> list[int]:
-        if self.channel_axes is None:
-            return []
-        kept = {axis % len(tensor_shape) for axis in self.channel_axes}
-        return [size if axis in kept else 1 for axis, size in enumerate(tensor_shape)]
 
 
 @tf_keras.utils.register_keras_serializable("qat")

@@ -1,0 +1,1 @@
+"""Benchmarks that put our recipes beside other libraries on the same network, data and epochs."""

@@ -1,0 +1,44 @@
+"""Running a functional model call by call, so that single calls can be looked into or replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qat.canonical import Call, calls
+
+# Gives the outputs of a call for its arguments, tensors in place.
+Visit = Callable[[Call, tuple, dict], Any]
+
+
+def forward(model: tf_keras.Model, inputs: Sequence[tf.Tensor], visit: Visit) -> list[tf.Tensor]:
+    """The outputs of a functional model, each call's own being what `visit` gives.
+
+    No layer learns of a new call as it would if a model were rebuilt from it.
+
+    Args:
+        inputs: in the order of `model.inputs`.
+    """
+    values = dict(zip(map(id, model.inputs), inputs, strict=True))
+    for call in calls(model):
+        args, kwargs = tf.nest.map_structure(
+            lambda value: values.get(id(value), value), call.arguments
+        )
+        outputs = tf.nest.flatten(visit(call, args, kwargs))
+        values.update(zip(map(id, call.outputs), outputs, strict=True))
+    return [values[id(tensor)] for tensor in model.outputs]
+
+
+def infer(call: Call, args: tuple, kwargs: dict) -> Any:
+    """Calls the layer as a model in inference does."""
+    return in_mode(call, args, kwargs, training=False)
+
+
+def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
+    """Calls the layer in training or in inference, unless the model's builder chose one for it."""
+    if call.layer._expects_training_arg:
+        kwargs = {"training": training, **kwargs}
+    return call.layer(*args, **kwargs)

@@ -1,0 +1,48 @@
+"""Training a quantized model as its recipe asks, from first ranges to settled biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tf_keras
+
+from qat.calibrate import calibrate
+from qat.settings import TrainSettings
+from qat.settle import settle_biases
+from qat.train import TrainingData, fit
+
+CALIBRATION_STEPS = 20
+
+
+def train_quantized(
+    model: tf_keras.Model,
+    float_model: tf_keras.Model,
+    data: TrainingData,
+    settings: TrainSettings,
+    *,
+    epochs: int,
+    **options: Any,
+) -> int:
+    """Calibrates, trains and settles a quantized model, in place.
+
+    Args:
+        model: what `qat.quantize_model` made of the float model, the teacher where the settings ask
+            for one.
+        data: training stream and validation set.
+        settings: e.g. `qat.settings.recommended(recipe)`.
+        epochs: 0 = calibrate only.
+        options: fields of `TrainConfig` that are no settings, e.g. checkpoint_dir.
+
+    Returns:
+        The step that training started from, as `qat.fit`.
+
+    Raises:
+        TrainingError, ValueError: as `qat.fit`.
+    """
+    calibrate(model, data.train_stream(), steps=CALIBRATION_STEPS)
+    config = settings.train_config(
+        epochs=epochs, steps_per_epoch=data.steps_per_epoch, float_model=float_model, **options
+    )
+    start = fit(model, data, config)
+    settle_biases(model)
+    return start

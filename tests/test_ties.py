@@ -1,0 +1,64 @@
+"""Biases away from rounding ties, against the arithmetic of LiteRT's reference kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qat.grid import Grid
+from qat.ties import away_from_ties
+from qat.verify.arithmetic import multiply, quantize_multiplier
+
+GRID = Grid(scale=np.float32(0.05), zero_point=np.float32(-9), qmin=-128, qmax=127)
+CHANNELS = 200
+
+
+def channels(products: int):
+    """Sums of ±889 and, per channel, a bias and a multiplier that uses about the whole grid."""
+    rng = np.random.default_rng(products)
+    sums = 889 * np.arange(-products, products + 1, 2)
+    spread = 3 * 889 * np.sqrt(products)
+    multiplier = rng.uniform(60, 140, CHANNELS) / min(spread, 889 * products)
+    return sums, np.rint(rng.normal(0, spread / 3, CHANNELS)), multiplier
+
+
+def roundings(bias, multiplier, sums) -> tuple[np.ndarray, np.ndarray]:
+    """Output codes [sum, channel]: of the kernel, which rounds twice, and rounded once."""
+    total = sums[:, None] + bias
+    twice = multiply(total.astype(np.int64), *quantize_multiplier(multiplier)) + GRID.zero_point
+    once = np.rint(total * multiplier) + GRID.zero_point
+    return np.clip(twice, GRID.qmin, GRID.qmax), np.clip(once, GRID.qmin, GRID.qmax)
+
+
+@pytest.mark.parametrize("products", [9, 16, 144, 576, 4608])
+def test_the_kernels_round_every_sum_as_training_does(products):
+    sums, bias, multiplier = channels(products)
+    twice, once = roundings(bias, multiplier, sums)
+    assert (twice != once).any()
+    twice, once = roundings(away_from_ties(bias, multiplier, sums, GRID), multiplier, sums)
+    np.testing.assert_array_equal(twice, once)
+
+
+@pytest.mark.parametrize("products", [9, 144, 4608])
+def test_biases_move_little_and_once(products):
+    sums, bias, multiplier = channels(products)
+    found = away_from_ties(bias, multiplier, sums, GRID)
+    assert np.abs((found - bias) * multiplier).max() < 1 / 8
+    assert np.median(np.abs(found - bias)) <= 2
+    np.testing.assert_array_equal(away_from_ties(found, multiplier, sums, GRID), found)
+
+
+def test_sums_that_the_grid_clips_do_not_matter():
+    """Of y = 0.5 and y = 300.5 the kernel may round only the first."""
+    sums, multiplier = np.asarray([0.0, 600.0]), np.asarray([0.5])
+    bias = np.asarray([601.0])
+    np.testing.assert_array_equal(away_from_ties(bias, multiplier, sums, GRID), bias)
+
+
+def test_channels_without_a_bias_on_the_grid_stay():
+    bias, multiplier = np.asarray([np.inf, np.nan, 7.0]), np.asarray([0.0, np.nan, 1e-3])
+    sums = 889.0 * np.arange(-2, 3)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = away_from_ties(bias, multiplier, sums, GRID)
+    np.testing.assert_array_equal(found[:2], bias[:2])
+    assert np.isfinite(found[2])
