@@ -34,18 +34,22 @@ class _Freezing(Scheduled):
         super().__init__(total_steps=total_steps)
         self.after = require_share("after", after)
         self._undo: list[Callable[[], None]] = []
+        self._waited = False
         self.frozen = False
 
     def freeze(self, begins: bool) -> list[Callable[[], None]]:
-        """Freezes, at the very step or (resumed) after it; returns what undoes it."""
+        """Freezes, now or (`begins` is false) as it was before; returns what undoes it."""
         raise NotImplementedError
 
     def at_step(self, step):
         first = self.first_step(self.after)
+        if step < first:
+            self._waited = True
         if step < first or self.frozen:
             return
-        self._undo = self.freeze(step == first)
-        self.frozen = True
+        # A training that is resumed after this step did not wait for it.
+        self._undo = self.freeze(begins=self._waited or step == first)
+        self._waited, self.frozen = False, True
         retrace(self.model)
 
     def finish(self):
@@ -87,7 +91,7 @@ class FreezeBatchNorm(_Freezing):
         self.steps = steps
 
     def freeze(self, begins: bool):
-        # A training that is resumed later on has the measured ones in its checkpoint.
+        # Later on the checkpoint holds the measured ones.
         if begins and self.dataset is not None:
             reestimate_batch_norm(self.model, self.dataset, steps=self.steps)
         undo = []
