@@ -19,7 +19,7 @@ from qat import ranges
 from qat.batches import input_batches
 from qat.canonical import Call, functional
 from qat.errors import ModelError
-from qat.forward import forward, in_mode, infer
+from qat.forward import forward, in_mode, infer, traced_if_repeated
 from qat.histogram import NUM_BINS, Histogram, bin_counts, holds_only_numbers
 from qat.layers import FakeQuantize
 from qat.quantizers import GridQuantizer
@@ -148,7 +148,7 @@ def collect(
             for site, values in zip(sites, unrounded.tensors, strict=True)
         ]
 
-    statistics = tf.function(statistics, reduce_retracing=True)
+    statistics = traced_if_repeated(statistics)
     results = [Collected() for _ in sites]
     for number, inputs in enumerate(input_batches(network, dataset, steps), start=1):
         for site, result, found in zip(sites, results, statistics(inputs), strict=True):

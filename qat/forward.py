@@ -42,3 +42,18 @@ def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
     if call.layer._expects_training_arg:
         kwargs = {"training": training, **kwargs}
     return call.layer(*args, **kwargs)
+
+
+def traced_if_repeated(function: Callable) -> Callable:
+    """The function for one batch after another: the first runs as it is, the rest as a graph.
+
+    Tracing costs as much as several batches.
+    """
+    traced, is_first = tf.function(function, reduce_retracing=True), True
+
+    def run(inputs: Sequence[tf.Tensor]) -> Any:
+        nonlocal is_first
+        chosen, is_first = function if is_first else traced, False
+        return chosen(inputs)
+
+    return run

@@ -95,14 +95,14 @@ class _Comparison:
             kernel = next((t for t in op.inputs if pattern.fullmatch(t.name)), None)
             if kernel is None or kernel.name in self.taken:
                 continue
-            reason = self.operator_mismatch(call, kernel, op.inputs)
+            reason = self.operator_mismatch(call, kernel, op)
             if reason is None:
                 self.taken.add(kernel.name)
                 return []
             reasons.append(f"{kernel.name}: {reason}")
         return reasons[:1] or [f"{layer.name}/kernel is missing from the file"]
 
-    def operator_mismatch(self, call: Call, kernel: FileTensor, inputs: tuple) -> str | None:
+    def operator_mismatch(self, call: Call, kernel: FileTensor, op: FileOperator) -> str | None:
         """What differs between a call and an operator of the file; None if nothing does."""
         layer = call.layer.layer
         ((weight, quantizer, weights),) = call.layer._weight_vars
@@ -123,7 +123,10 @@ class _Comparison:
         if kernel.zero_point.any():
             return "the zero point is not 0"
         step = _per_channel(layer, codes, scale) * np.abs(multiplier) * self.gain(call.inputs[0])
-        return _scale_or_bias_mismatch(kernel, inputs, step, self.bias(layer, multiplier, offset))
+        bias = self.bias(layer, multiplier, offset)
+        twice = kernel.dtype == "int4" and op.name in ("CONV_2D", "DEPTHWISE_CONV_2D")
+        early = twice and self.is_positive(call)
+        return _scale_or_bias_mismatch(kernel, op, step, bias, early=early)
 
     def sign_mismatches(self, call: Call) -> list[str]:
         """Every code of the input must get the sign that its real value gets in the model."""
@@ -177,7 +180,7 @@ class _Comparison:
         code = kernel.data.reshape(-1).astype(float)
         if (code <= 0).any() or kernel.zero_point.any():
             return [f"{name}: not a multiplication by one"]
-        reason = _scale_or_bias_mismatch(kernel, operator.inputs, 1 / code, layer.shift.numpy())
+        reason = _scale_or_bias_mismatch(kernel, operator, 1 / code, layer.shift.numpy())
         return [] if reason is None else [f"{name}: {reason}"]
 
     def operator_reading(self, name: str) -> FileOperator | None:
@@ -209,6 +212,17 @@ class _Comparison:
         own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
         return own * multiplier + offset
 
+    def is_positive(self, call: Call) -> bool:
+        """Whether the grid of the operator's output has no negative numbers."""
+        while not isinstance(call.layer, FakeQuantize):
+            readers = self.readers[id(call.output)]
+            if len(readers) != 1 or readers[0] is None:
+                return False
+            (call,) = readers
+        with tf.device("/CPU:0"):
+            grid = call.layer.quantizer.grid(call.layer.quantizer_weights)
+        return bool(grid.zero_point == grid.qmin)
+
     def gain(self, tensor) -> float:
         """Product of the Rescalings between a tensor and the grid it lies on."""
         gain = 1.0
@@ -222,19 +236,33 @@ class _Comparison:
         return gain
 
 
-def _scale_or_bias_mismatch(kernel, inputs, step: np.ndarray, bias: np.ndarray) -> str | None:
-    """Compares a kernel's scales, and its biases in units of those."""
+def _scale_or_bias_mismatch(
+    kernel: FileTensor,
+    operator: FileOperator,
+    step: np.ndarray,
+    bias: np.ndarray,
+    *,
+    early: bool = False,
+) -> str | None:
+    """Compares a kernel's scales, and its biases in units of those.
+
+    early: the file's bias is as much below the model's as INT4 kernels round up too early.
+    """
     channels = len(kernel.scale)
     step, bias = np.broadcast_to(step, channels), np.broadcast_to(bias, channels)
     stored = kernel.scale.astype(float)
-    codes = next(t for t in inputs if t.dtype in ("int32", "int64") and len(t.scale) > 0)
-    x = next(t for t in inputs if t.data is None)
+    codes = next(t for t in operator.inputs if t.dtype in ("int32", "int64") and len(t.scale) > 0)
+    x = next(t for t in operator.inputs if t.data is None)
     raised = (stored > step) & (np.abs(codes.data) >= _RAISED_BIAS)
     raised |= step < np.finfo(np.float32).tiny
     wrong = ~raised & (np.abs(stored - step) > _FLOAT32_ERROR * step)
     if wrong.any():
         return f"{int(wrong.sum())} of {channels} scales differ"
     expected = bias / (float(x.scale[0]) * stored)
+    if early:
+        multiplier = float(x.scale[0]) * stored / float(operator.outputs[0].scale[0])
+        power = 2.0 ** (np.floor(np.log2(multiplier)) + 1)
+        expected = expected - np.where(power < 1, power / (2 * multiplier), 0)
     allowed = 0.5 + _FLOAT32_ERROR * np.abs(expected)
     if (~raised & (np.abs(codes.data - expected) > allowed)).any():
         return f"the bias {codes.name} differs"

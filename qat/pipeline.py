@@ -7,7 +7,7 @@ import json
 import pathlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import tensorflow as tf
@@ -18,21 +18,19 @@ from qat import data as qat_data
 from qat import train
 from qat.account import quantization_report
 from qat.apply import quantize_model
-from qat.calibrate import calibrate
 from qat.errors import UserError
 from qat.export.tflite import export_tflite
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
 from qat.output import clear, drop_checkpoints, output_folder
 from qat.recipe import Recipe
+from qat.recommended import train_quantized
 from qat.report import write_reports
 from qat.saving import load_quantized_model, load_recipe_of, save_model
 from qat.settings import TrainSettings, recommended
-from qat.settle import settle_biases
 from qat.verify.compare import Verification, verify_tflite
 
 PIXEL_RANGE = (0.0, 255.0)
-CALIBRATION_STEPS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +149,8 @@ class _Run:
             learning_rate=job.learning_rate,
             **self.options("float", self.float_model),
         )
-        with self.timed("float_training"):
-            self.fit(self.float_model, "float", config)
+        with self.training("float", epochs):
+            self.resumed_at_step = train.fit(self.float_model, self.data, config)
         save_float_model(self.float_model, job.output_dir / "float_model.keras")
         self.qat_model = self.quantized()
 
@@ -175,20 +173,20 @@ class _Run:
         if self.qat_is_trained:
             return
         job, data = self.job, self.data
-        calibrate(self.qat_model, data.train, steps=CALIBRATION_STEPS)
         settings, epochs = job.qat_settings(), job.qat_epochs
         if epochs is None:
             epochs = settings.epochs(data.steps_per_epoch)
-        config = settings.train_config(
-            epochs=epochs,
-            steps_per_epoch=data.steps_per_epoch,
-            float_model=self.float_model,
-            **self.options("qat", self.qat_model),
-        )
         print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
-        with self.timed("qat_training"):
-            self.fit(self.qat_model, "qat", config)
-        settle_biases(self.qat_model)
+        with self.training("qat", epochs):
+            start = train_quantized(
+                self.qat_model,
+                self.float_model,
+                data,
+                settings,
+                epochs=epochs,
+                **self.options("qat", self.qat_model),
+            )
+        self.resumed_at_step = max(self.resumed_at_step, start)
         save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
         write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
 
@@ -205,10 +203,10 @@ class _Run:
             "profile_steps": job.profile_steps,
         }
 
-    def fit(self, model: tf_keras.Model, phase: str, config: train.TrainConfig) -> None:
-        steps = self.data.steps_per_epoch
-        print(f"{phase} training: {config.epochs} epochs of {steps} steps", flush=True)
-        self.resumed_at_step = max(self.resumed_at_step, train.fit(model, self.data, config))
+    def training(self, phase: str, epochs: int) -> AbstractContextManager[None]:
+        """Says what begins and takes its time."""
+        print(f"{phase} training: {epochs} epochs of {self.data.steps_per_epoch} steps", flush=True)
+        return self.timed(f"{phase}_training")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

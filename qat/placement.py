@@ -194,7 +194,7 @@ class _Placement:
         if found in (Role.PASS, Role.IDENTITY):
             return self._lies_on(new, grid_layer)
         if found is Role.AVERAGE and grid_layer is not None and self._is_integer(call):
-            return self._lies_on(grid_layer(new, observe=False), grid_layer)
+            return self._lies_on(grid_layer(new, observe=False, averages=True), grid_layer)
         if self._inside_operator(call) or not self._touches_integers(call.output):
             return new
         return self._quantize(new, self._output_quantizer(call), call.layer.name)

@@ -61,8 +61,7 @@ class RSignQuantizer(BinaryActivationQuantizer):
         code = float(self.grid(weights).qmax)
         return tf.where(_reaches(tf.cast(inputs, tf.float32), weights["bias"]), code, -code)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         x = tf.cast(inputs, tf.float32)
         differentiable = self.sign(x + weights["bias"])
         exact = tf.where(_reaches(x, weights["bias"]), 1.0, -1.0)

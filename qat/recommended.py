@@ -6,10 +6,10 @@ from typing import Any
 
 import tf_keras
 
+from qat import train
 from qat.calibrate import calibrate
 from qat.settings import TrainSettings
 from qat.settle import settle_biases
-from qat.train import TrainingData, fit
 
 CALIBRATION_STEPS = 20
 
@@ -17,7 +17,7 @@ CALIBRATION_STEPS = 20
 def train_quantized(
     model: tf_keras.Model,
     float_model: tf_keras.Model,
-    data: TrainingData,
+    data: train.TrainingData,
     settings: TrainSettings,
     *,
     epochs: int,
@@ -43,6 +43,6 @@ def train_quantized(
     config = settings.train_config(
         epochs=epochs, steps_per_epoch=data.steps_per_epoch, float_model=float_model, **options
     )
-    start = fit(model, data, config)
+    start = train.fit(model, data, config)
     settle_biases(model)
     return start

@@ -13,7 +13,7 @@ import tf_keras
 from qat.batches import input_batches
 from qat.canonical import Call, calls, functional
 from qat.errors import ModelError
-from qat.forward import Visit, forward, infer
+from qat.forward import Visit, forward, infer, traced_if_repeated
 
 BatchNormalization = tf_keras.layers.BatchNormalization
 
@@ -59,7 +59,7 @@ def measure_batch_norm(
             return call.layer(*args, **{**kwargs, "training": _is_measured(call)})
         return visit(call, args, kwargs)
 
-    probe = tf.function(lambda x: forward(network, x, in_training), reduce_retracing=True)
+    probe = traced_if_repeated(lambda inputs: forward(network, inputs, in_training))
     sums, count = [0.0] * 2 * len(norms), 0
     with _measuring(norms):
         for inputs in input_batches(network, dataset, steps):

@@ -16,7 +16,7 @@ from qat.canonical import Call, calls, consumers, functional
 from qat.grid import Grid
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.quantizers import BinaryActivationQuantizer
-from qat.ties import away_from_ties
+from qat.ties import away_from_ties, early
 
 layers = tf_keras.layers
 # What may stand between a kernel and the quantizer of its operator's output.
@@ -29,6 +29,8 @@ _FUSED = (
     ReplacedBySign,
 )
 _LARGEST_BIAS = 2**31 - 1
+# Without an INT4 kernel, or with one that rounds once.
+_ROUND_ONCE = (layers.Conv2DTranspose, layers.Dense)
 
 
 def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
@@ -37,10 +39,11 @@ def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
     The file stores `round(b / S)`, S = input scale · kernel scale, of the bias b that batch
     normalization leaves. Left to the export, that rounding is the largest difference between model
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
-    the batch norm's beta (else the layer's own bias) changes by at most S / 2. Biases of 1-bit
-    kernels that read signs move up to 63 S farther, less than 1/8 of an output step, to where all
-    of LiteRT's kernels round all sums alike (`qat.ties`). Call it when training is over; a second
-    call changes nothing.
+    the batch norm's beta (else the layer's own bias) changes by at most S / 2. The kernels of INT4
+    convolutions reach the codes behind a ReLU up to S early: the model's bias is that much above
+    the file's (`qat.ties.early`). Biases of 1-bit kernels that read signs move up to 63 S farther,
+    less than 1/8 of an output step, to where all of LiteRT's kernels round all sums alike
+    (`qat.ties.away_from_ties`). Call it when training is over; a second call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.
@@ -107,16 +110,20 @@ def _settle(
         scale = quantizer.grid(weights, tf.convert_to_tensor(weight)).numpy().scale
     step = np.broadcast_to(scale, _channel_shape(layer, weight)).reshape(-1).astype(float)
     step *= float(_grid(source).scale) * gain
-    sums = _sums(call.layer, source)
-    output = None if target is None or sums is None else _grid(target)
     own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
     if isinstance(reader, layers.BatchNormalization) and reader.center:
         deviation = np.sqrt(reader.moving_variance.numpy().astype(float) + reader.epsilon)
         multiplier = (reader.gamma.numpy().astype(float) if reader.scale else 1.0) / deviation
-        rest = (own - reader.moving_mean.numpy()) * multiplier
-        _round(reader.beta, rest, step * np.abs(multiplier), sums, output)
+        variable, rest = reader.beta, (own - reader.moving_mean.numpy()) * multiplier
+        step *= np.abs(multiplier)
     elif layer.use_bias and not isinstance(reader, layers.BatchNormalization):
-        _round(layer.bias, 0.0, step, sums, output)
+        variable, rest = layer.bias, 0.0
+    else:
+        return
+    output = None if target is None else _grid(target)
+    twice = quantizer.container_bits <= 4 and not isinstance(layer, _ROUND_ONCE)
+    ahead = early(step, output) if twice and output is not None else np.zeros_like(step)
+    _round(variable, rest, step, ahead, _sums(call.layer, source), output)
 
 
 def _sums(layer: QuantizeWrapper, source: FakeQuantize) -> np.ndarray | None:
@@ -149,18 +156,19 @@ def _round(
     variable: tf.Variable,
     rest: np.ndarray | float,
     step: np.ndarray,
+    ahead: np.ndarray,
     sums: np.ndarray | None,
     output: Grid | None,
 ) -> None:
-    """Changes the variable so that `variable + rest` is a whole number of steps.
+    """Changes the variable so that `variable + rest` is a whole number of steps, plus `ahead`.
 
     Given the kernel's sums and its output's grid, a number that keeps clear of rounding ties.
     Channels whose bias leaves int32 are left alone: the export raises their scale.
     """
     value = variable.numpy().astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.rint((value + rest) / step)
-        if output is not None:
+        codes = np.rint((value + rest) / step - ahead)
+        if sums is not None and output is not None:
             codes = away_from_ties(codes, step / float(output.scale), sums, output)
-        settled = np.where(np.abs(codes) < _LARGEST_BIAS, codes * step - rest, value)
+        settled = np.where(np.abs(codes) < _LARGEST_BIAS, (codes + ahead) * step - rest, value)
     variable.assign(settled.astype(np.float32))

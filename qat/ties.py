@@ -1,11 +1,14 @@
-"""Biases that keep every sum of a 1-bit kernel away from rounding ties.
+"""Biases for kernels that round twice.
 
-A convolution of ±1 by ±α has few sums: `unit · k`, whole k. In steps of the output's grid the
-result is `y(k) = (unit · k + b) · M`. LiteRT's fixed-point kernels, which also run all INT4
-convolutions, round it twice: to a multiple of q, M <= q <= 2 · M, then to a whole number. Where
-y(k) lies within q / 2 of a half, the first rounding can land on the half, and the second goes to
-the wrong side: for this k in every image. Training rounds once. A bias a few accumulator steps away
-has no such k.
+LiteRT's fixed-point kernels, which also run all INT4 convolutions, scale a sum to `y = sum · M` in
+steps of the output's grid and round it twice: to a multiple of q, M < q <= 2 · M, then to a whole
+number, both halves away from zero. A y less than q / 2 under a half lands on the half first and is
+rounded up then. Training rounds once.
+
+Behind a ReLU every y that counts is positive, and this is one rounding at thresholds q / 2 lower:
+`early` says by how many accumulator steps, for the bias to make up for. A convolution of ±1 by ±α
+has few sums, `unit · k` with whole k, but the same ones in every image: `away_from_ties` moves its
+bias to where no sum comes near a half.
 """
 
 from __future__ import annotations
@@ -19,6 +22,23 @@ from qat.grid import Grid
 _MOST_BIASES, _FARTHEST = 64, 1 / 8
 # What float32 loses in training's sums and in XNNPACK's kernels, in steps of the output's grid.
 _FLOAT_ERROR = 2.0**-12
+
+
+def early(step: np.ndarray, grid: Grid) -> np.ndarray:
+    """By how many accumulator steps a kernel that rounds twice reaches every code early.
+
+    `q / (2 · M)`, M = step / grid's scale, q = 2^e of `M = m · 2^e`, 1/2 <= m < 1: within (1/2, 1].
+    0 for M >= 1/2, where the kernel rounds once, and for a grid with negative numbers, which it
+    reaches early on both sides of zero.
+
+    Args:
+        step: of the accumulator, one per channel, float64.
+        grid: of the 8-bit output, NumPy.
+    """
+    if grid.zero_point != grid.qmin:
+        return np.zeros_like(step)
+    fraction, exponent = np.frexp(step / float(grid.scale))
+    return np.where((exponent < 0) & (fraction > 0), 0.5 / np.maximum(fraction, 0.5), 0.0)
 
 
 def away_from_ties(

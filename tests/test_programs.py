@@ -137,10 +137,6 @@ RIGHT_CALLS = {
     ),
     "train on a given model": (
         "train",
-        "--output_dir=new --float_model=float.keras --qat_epochs=0",
-    ),
-    "train without distillation": (
-        "train",
         "--output_dir=new --float_model=float.keras --qat_epochs=0 --recipe=w2a2 --nodistill",
     ),
     "export": ("export", "--qat_model=qat.keras --output=new.tflite --io=uint8"),
@@ -325,7 +321,7 @@ def test_train_on_a_given_model_writes_no_other_float_model(results):
     "call, recipe, distill",
     (
         ("train", "w4a8", recommended("w4a8").distill),
-        ("train without distillation", "w2a2", False),
+        ("train on a given model", "w2a2", False),
     ),
 )
 def test_train_says_which_settings_it_took(call, recipe, distill, results):

@@ -6,23 +6,23 @@ import numpy as np
 import stripes
 
 import qat
-from qat import recommended
+from qat import recommended, train
 from qat.settings import TrainSettings
 
 
 def test_the_steps_and_what_they_get(monkeypatch):
     done = []
 
-    def step(name, answer=None):
+    def step(module, name, answer=None):
         def record(*arguments, **options):
             done.append((name, arguments, options))
             return answer
 
-        monkeypatch.setattr(recommended, name, record)
+        monkeypatch.setattr(module, name, record)
 
-    step("calibrate")
-    step("fit", answer=7)
-    step("settle_biases")
+    step(recommended, "calibrate")
+    step(train, "fit", answer=7)
+    step(recommended, "settle_biases")
     settings = TrainSettings(learning_rate=0.02, warmup=0.5, distill=True)
     data = stripes.Stripes()
     start = recommended.train_quantized("model", "float", data, settings, epochs=3, resume=True)

@@ -959,6 +959,23 @@ def test_fake_quantize_in_every_training_phase():
         assert layer.quantizer.range(layer.quantizer_weights, None)[1] == 3.0
 
 
+def test_averages_are_rounded_as_average_pooling_rounds_codes():
+    """Halves away from code 0, not from real 0, and not to even."""
+    layer = FakeQuantize(quantizers.FixedRangeQuantizer(minimum=-1.0, maximum=0.7))
+    layer(tf.zeros([1]))
+    grid = layer.quantizer.grid(layer.quantizer_weights).numpy()
+    assert grid.zero_point not in (-128, 0)
+    rng = np.random.default_rng(0)
+    for count in (2, 4, 9, 196):
+        codes = rng.integers(-128, 128, (count, 2000))
+        average = codes.mean(axis=0)
+        expected = np.sign(average) * np.floor(np.abs(average) + 0.5)
+        reals = ((codes - grid.zero_point) * grid.scale).astype(np.float32)
+        found = layer(tf.reduce_mean(reals, axis=0), observe=False, averages=True)
+        found = np.rint(found / grid.scale) + grid.zero_point
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_fake_quantize_survives_its_config():
     layer = FakeQuantize(quantizers.MovingAverageQuantizer(num_bits=3, decay=0.5), name="here")
     config = json.loads(json.dumps(layer.get_config()))

@@ -1,4 +1,4 @@
-"""Biases away from rounding ties, against the arithmetic of LiteRT's reference kernels."""
+"""Biases for kernels that round twice, against the arithmetic of LiteRT's reference kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qat.grid import Grid
-from qat.ties import away_from_ties
+from qat.ties import away_from_ties, early
 from qat.verify.arithmetic import multiply, quantize_multiplier
 
 GRID = Grid(scale=np.float32(0.05), zero_point=np.float32(-9), qmin=-128, qmax=127)
@@ -62,3 +62,30 @@ def test_channels_without_a_bias_on_the_grid_stay():
         found = away_from_ties(bias, multiplier, sums, GRID)
     np.testing.assert_array_equal(found[:2], bias[:2])
     assert np.isfinite(found[2])
+
+
+GRID_FROM_ZERO = Grid(scale=np.float32(0.05), zero_point=np.float32(-8), qmin=-8, qmax=127)
+
+
+@pytest.mark.parametrize("coarse", [0.9, 0.5, 0.3, 0.03, 1e-3])
+def test_early_makes_up_for_the_second_rounding(coarse):
+    """Drawn multipliers make no ties."""
+    rng = np.random.default_rng(1)
+    multiplier = coarse * rng.uniform(0.5, 1, CHANNELS)
+    sums = rng.integers(-500, int(130 / multiplier.min()), (3000, CHANNELS))
+    ahead = early(multiplier * 0.05, GRID_FROM_ZERO)
+    twice = multiply(sums, *quantize_multiplier(multiplier))
+    once, late = np.rint((sums + ahead) * multiplier), np.rint(sums * multiplier)
+    positive = once > 0
+    np.testing.assert_array_equal(twice[positive], once[positive])
+    assert (twice <= 0)[~positive].all()
+    assert (twice != late)[positive].any() or coarse >= 0.9
+
+
+def test_early_leaves_grids_with_negative_numbers_alone():
+    np.testing.assert_array_equal(early(np.asarray([1e-4, 0.01]), GRID), 0)
+
+
+def test_early_is_zero_where_the_kernel_rounds_once():
+    steps = 0.05 * np.asarray([0.51, 0.7, 1.5, 40.0, 0.0])
+    np.testing.assert_array_equal(early(steps, GRID_FROM_ZERO), 0)

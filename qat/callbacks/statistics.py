@@ -158,8 +158,8 @@ def _in_inference(call: Callable) -> Callable:
 
 
 def _without_observing(call: Callable) -> Callable:
-    def quantize(inputs, training=None, observe=True):
-        return call(inputs, training=training, observe=False)
+    def quantize(inputs, training=None, observe=True, averages=False):
+        return call(inputs, training=training, observe=False, averages=averages)
 
     return quantize
 

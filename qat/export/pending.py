@@ -13,6 +13,7 @@ from ai_edge_litert import schema_py_generated as schema
 from qat.export.builder import Builder, Stored, require_no_gain
 from qat.export.graph import ExportError, activation_dtype
 from qat.grid import Grid
+from qat.ties import early
 
 _FUSED = {
     None: schema.ActivationFunctionType.NONE,
@@ -194,14 +195,17 @@ class Linear(Pending):
         kernel = builder.constant(
             f"{self.name}/kernel", self.kernel, dtype, axis=self.channel_axis, **axis
         )
-        bias_scale = (x_scale * scale.astype(np.float64)).astype(np.float32)
+        step = x_scale * scale.astype(np.float64)
+        ahead = 0.0
+        if dtype == "int4" and self.operator != "FULLY_CONNECTED":
+            ahead = early(step, grid)
         limit = 2**31 - 1
-        codes = np.clip(np.rint(self.bias / (x_scale * scale.astype(np.float64))), -limit, limit)
+        codes = np.clip(np.rint(self.bias / step - ahead), -limit, limit)
         bias = builder.constant(
             f"{self.name}/bias",
             codes.astype(np.int64),
             "int64" if activation_dtype(grid) == "int16" else "int32",
-            scale=bias_scale,
+            scale=step.astype(np.float32),
             zero_point=axis["zero_point"],
         )
         output = builder.activation(name, self.shape, grid)

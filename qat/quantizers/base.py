@@ -32,6 +32,20 @@ class GridQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
         """The quantizer's variables, made by `layer.add_weight`; none unless a subclass says so."""
         return {}
 
+    # AutoGraph would read and rewrite every function below, and finds nothing to do.
+    @tf.autograph.experimental.do_not_convert
+    def __call__(
+        self, inputs: tf.Tensor, training: bool, weights: dict[str, Any], **kwargs
+    ) -> tf.Tensor:
+        """The inputs on the grid, in their dtype; training moves ranges that follow the data."""
+        if _only_shapes_matter():
+            return tf.identity(inputs)
+        return self.quantized(inputs, training, weights)
+
+    @abc.abstractmethod
+    def quantized(self, inputs: tf.Tensor, training: bool, weights: dict[str, Any]) -> tf.Tensor:
+        """What a call gives."""
+
     @abc.abstractmethod
     def grid(self, weights: dict[str, Any], inputs: tf.Tensor | None = None) -> Grid:
         """The grid that the forward pass rounds to now; training and export both ask here.
@@ -56,6 +70,12 @@ class GridQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     __hash__ = None
+
+
+def _only_shapes_matter() -> bool:
+    """Whether Keras builds a model: it calls each layer in a graph that it throws away."""
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    return getattr(graph, "name", "").endswith("_scratch_graph")
 
 
 def required(inputs: tf.Tensor | None, quantizer: GridQuantizer) -> tf.Tensor:

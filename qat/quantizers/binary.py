@@ -85,8 +85,7 @@ class BinaryWeightQuantizer(_BinaryQuantizer):
     def container_bits(self) -> int:
         return WEIGHT_CODE.bit_length() + 1
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         x = in_float32(inputs)
         return tf.cast(self._forward(self.sign(x), self.grid(weights, x)), inputs.dtype)
 
@@ -165,6 +164,5 @@ class BinaryActivationQuantizer(_BinaryQuantizer):
     def grid(self, weights, inputs=None):
         return _binary_grid(tf.constant(1.0 / ACTIVATION_CODE), ACTIVATION_CODE)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         return self.sign(inputs)

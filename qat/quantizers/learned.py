@@ -96,14 +96,13 @@ class LsqQuantizer(UniformQuantizer):
         qmin, qmax = self.codes_range
         return Grid(scale=step, zero_point=zero_point, qmin=qmin, qmax=qmax)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         detached = tf.stop_gradient(in_float32(inputs))
         if training:
             self._start(weights, detached)
         return fake_quantize(
             inputs,
-            self.grid(weights, detached),
+            self.grid(weights, None if training else detached),
             backward=self.backward,
             learned=self._learned(weights),
         )
@@ -128,7 +127,7 @@ class LsqQuantizer(UniformQuantizer):
             return tf.maximum(step, SMALLEST_SCALE), zero_point
 
         if inputs is None:
-            if not _is_set(weights):
+            if tf.executing_eagerly() and not _is_set(weights):
                 raise ValueError(
                     "no step was set yet: train, or call qat.calibrate(model, dataset)"
                 )

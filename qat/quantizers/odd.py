@@ -61,8 +61,7 @@ class _OddQuantizer(GridQuantizer):
     def codes(self, inputs, weights):
         return self._odd(in_float32(inputs), self.grid(weights, inputs).scale)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         x = in_float32(inputs)
         grid = self.grid(weights, x)
         values = grid.dequantize(self._odd(x, grid.scale))

@@ -77,8 +77,7 @@ class TwnQuantizer(_TernaryQuantizer):
     def codes(self, inputs, weights):
         return self._ternary(in_float32(inputs), self.grid(weights, inputs).qmax)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         x = in_float32(inputs)
         grid = self.grid(weights, x)
         values = grid.dequantize(self._ternary(x, grid.qmax))
@@ -133,8 +132,7 @@ class TtqQuantizer(_TernaryQuantizer):
         levels = self._levels(weights, x)
         return self._ternary(x, *levels, self._grid(*levels).scale)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
+    def quantized(self, inputs, training, weights):
         x = in_float32(inputs)
         if training:
             self._start(weights, tf.stop_gradient(x))

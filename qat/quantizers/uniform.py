@@ -10,7 +10,7 @@ import tf_keras
 
 from qat import ranges
 from qat.grid import Grid, affine_grid, symmetric_grid
-from qat.quantizers.base import GridQuantizer, range_shape, range_variable
+from qat.quantizers.base import GridQuantizer, range_shape, range_variable, required
 from qat.quantizers.rounding import Backward, fake_quantize, in_float32
 
 LEGAL_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -69,11 +69,10 @@ class UniformQuantizer(GridQuantizer):
             return symmetric_grid(bound, num_bits=self.num_bits, narrow_range=self.narrow_range)
         return affine_grid(minimum, maximum, num_bits=self.num_bits)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(
-        self, inputs: tf.Tensor, training: bool, weights: dict[str, Any], **kwargs
-    ) -> tf.Tensor:
-        grid = self.grid(weights, tf.stop_gradient(in_float32(inputs)))
+    def quantized(self, inputs, training, weights):
+        return self._on(self.grid(weights, tf.stop_gradient(in_float32(inputs))), inputs)
+
+    def _on(self, grid: Grid, inputs: tf.Tensor) -> tf.Tensor:
         return fake_quantize(inputs, grid, clipped=self.clips, backward=self.backward)
 
     def get_config(self) -> dict[str, Any]:
@@ -86,11 +85,6 @@ class UniformQuantizer(GridQuantizer):
             "strength": self.backward.strength,
         }
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.get_config() == other.get_config()
-
-    __hash__ = None
-
 
 @tf_keras.utils.register_keras_serializable("qat")
 class LastValueQuantizer(UniformQuantizer):
@@ -102,15 +96,8 @@ class LastValueQuantizer(UniformQuantizer):
 
     clips = False
 
-    def build(self, tensor_shape, name: str, layer: tf_keras.layers.Layer) -> dict[str, Any]:
-        return {}
-
     def range(self, weights, inputs):
-        if inputs is None:
-            raise ValueError(
-                "LastValueQuantizer takes its range from the tensor: call grid(weights, inputs)"
-            )
-        return ranges.tensor_range(inputs, self.channel_axes)
+        return ranges.tensor_range(required(inputs, self), self.channel_axes)
 
 
 @tf_keras.utils.register_keras_serializable("qat")
@@ -145,7 +132,7 @@ class MovingAverageQuantizer(UniformQuantizer):
             return weights["minimum"] / share, weights["maximum"] / share
 
         if inputs is None:
-            if not weights["observed"] > 0:
+            if tf.executing_eagerly() and not weights["observed"] > 0:
                 raise ValueError(
                     "no range was observed yet: train, or call qat.calibrate(model, dataset)"
                 )
@@ -162,16 +149,16 @@ class MovingAverageQuantizer(UniformQuantizer):
         weights["observed"].assign(1.0)
         return True
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
-        if training:
-            minimum, maximum = ranges.tensor_range(inputs, self.channel_axes)
-            batch = {"minimum": minimum, "maximum": maximum, "observed": tf.constant(1.0)}
-            for key, value in batch.items():
-                weights[key].assign(
-                    ranges.moving_average(weights[key], tf.stop_gradient(value), self.decay)
-                )
-        return super().__call__(inputs, training, weights)
+    def quantized(self, inputs, training, weights):
+        if not training:
+            return super().quantized(inputs, training, weights)
+        minimum, maximum = ranges.tensor_range(inputs, self.channel_axes)
+        batch = {"minimum": minimum, "maximum": maximum, "observed": tf.constant(1.0)}
+        for key, value in batch.items():
+            weights[key].assign(
+                ranges.moving_average(weights[key], tf.stop_gradient(value), self.decay)
+            )
+        return self._on(self.grid(weights), inputs)
 
     def get_config(self):
         return {**super().get_config(), "decay": self.decay}
