@@ -9,6 +9,8 @@ import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from qat import quantizers
+from qat.reactnet import METHOD as REACTNET
+from qat.reactnet import RSignQuantizer
 from qat.recipe import TERNARY, RecipeError, TensorSpec
 
 layers = tf_keras.layers
@@ -54,9 +56,16 @@ def activation_quantizer(spec: TensorSpec) -> quantizers.GridQuantizer:
     """The quantizer for an activation tensor; symmetric at 16 bits."""
     spec = spec.resolved("activations")
     if spec.bits == 1:
-        return _made(quantizers.BinaryActivationQuantizer, spec)
+        return _made(_SIGNS[spec.method], spec)
     kind, own = _ACTIVATIONS[spec.method]
     return _made(kind, spec, num_bits=spec.bits, symmetric=spec.bits == 16, **own)
+
+
+def range_quantizer(minimum: float, maximum: float, spec: TensorSpec) -> quantizers.GridQuantizer:
+    """The quantizer for an activation tensor whose range is known beforehand."""
+    return quantizers.FixedRangeQuantizer(
+        minimum=minimum, maximum=maximum, num_bits=spec.bits, symmetric=spec.bits == 16
+    )
 
 
 # By method: the quantizer and the options that make it that method.
@@ -74,6 +83,7 @@ _ACTIVATIONS: _Table = {
     "minmax": (quantizers.MovingAverageQuantizer, {}),
     "dorefa": (quantizers.DorefaActivationQuantizer, {}),
 }
+_SIGNS = {"binary": quantizers.BinaryActivationQuantizer, REACTNET: RSignQuantizer}
 # Papers that take one scale for a layer, whatever the spec says; only the options change that.
 _WHOLE_LAYER = {"channel_axes": None}
 _ODD_WEIGHTS: _Table = {

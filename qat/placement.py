@@ -16,8 +16,9 @@ import tf_keras
 from qat import configs, quantizers
 from qat.canonical.graph import Call, calls, consumers, rebuild
 from qat.layers import FakeQuantize, ReplacedBySign
+from qat.negatives import never_negative
 from qat.reactnet import METHOD as REACTNET
-from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
+from qat.reactnet import LearnedShift, LearnedSlope
 from qat.recipe import RecipeError, TensorSpec
 from qat.roles import FIXED_BOUND_16, FIXED_RANGES, FUSES, Role, activation_name, role, supports
 
@@ -54,7 +55,8 @@ def place_quantizers(
 
     Raises:
         UnsupportedLayerError: a quantized layer has no integer operator.
-        RecipeError: 16-bit activations mixed with narrower ones.
+        RecipeError: 16-bit activations mixed with narrower ones; a method that cuts off negative
+            numbers for a tensor that can have some.
     """
     placement = _Placement(model, decisions, input_range, wrap)
     return rebuild(model, placement.visit, placement.on_input)
@@ -175,13 +177,14 @@ class _Placement:
             return new
         quantizer = configs.activation_quantizer(self.wide)
         if self.input_range is not None:
-            quantizer = _fixed_range(*self.input_range, self.wide)
+            quantizer = configs.range_quantizer(*self.input_range, self.wide)
         return self._quantize(new, quantizer, new.node.layer.name)
 
     def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
         layer, found = call.layer, self._role_of(call)
         spec = self._read_spec(call)
         if spec is not None and args:
+            self._require_no_negatives(call, spec)
             args = (self._narrow(args[0], spec, layer.name), *args[1:])
         if id(call.output) in self.rprelus:
             return self._rprelu(call, args[0])
@@ -233,8 +236,8 @@ class _Placement:
     def _output_quantizer(self, call: Call) -> quantizers.GridQuantizer:
         if self._role_of(call) is Role.FIXED:
             if self.wide.bits == 16:  # one scale for all of them: 2^-15
-                return _fixed_range(-FIXED_BOUND_16, FIXED_BOUND_16, self.wide)
-            return _fixed_range(*FIXED_RANGES[activation_name(call.layer)], self.wide)
+                return configs.range_quantizer(-FIXED_BOUND_16, FIXED_BOUND_16, self.wide)
+            return configs.range_quantizer(*FIXED_RANGES[activation_name(call.layer)], self.wide)
         return configs.activation_quantizer(self._spec(call.output))
 
     def _quantize(self, tensor: Any, quantizer: quantizers.GridQuantizer, name: str) -> Any:
@@ -252,14 +255,22 @@ class _Placement:
         if source is None or spec.bits >= self.wide.bits:
             return tensor
         quantizer = configs.activation_quantizer(spec)
-        if spec.method == REACTNET:
-            quantizer = RSignQuantizer(**quantizer.get_config())
         if source.quantizer == quantizer:
             return tensor
         key = id(tensor), repr(spec)
         if key not in self.narrowed:
             self.narrowed[key] = tensor, self._quantize(tensor, quantizer, f"{name}_input")
         return self.narrowed[key][1]
+
+    def _require_no_negatives(self, call: Call, spec: TensorSpec) -> None:
+        cuts = configs.activation_quantizer(spec).cuts_negatives
+        known = self.producer, self._role_of, self.input_range
+        if cuts and not never_negative(call.inputs[0], *known):
+            raise RecipeError(
+                f"layer {call.layer.name!r} reads a tensor that can be negative, and method "
+                f"{spec.method!r} cuts off what is below 0; take 'lsq' or 'lsqplus' for its "
+                "activations"
+            )
 
     def _unique(self, name: str) -> str:
         while name in self.names:
@@ -276,9 +287,3 @@ def _wide_spec(decisions: Mapping[str, Decision]) -> TensorSpec:
             "give every layer 16, or none"
         )
     return TensorSpec(bits=16 if bits == {16} else 8)
-
-
-def _fixed_range(minimum: float, maximum: float, spec: TensorSpec) -> quantizers.GridQuantizer:
-    return quantizers.FixedRangeQuantizer(
-        minimum=minimum, maximum=maximum, num_bits=spec.bits, symmetric=spec.bits == 16
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ import tf_keras
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 import qat
+from qat import configs
 
 layers = tf_keras.layers
 
@@ -19,6 +21,18 @@ def recipe(weight_bits: int, activation_bits: int, *rules: qat.Rule) -> qat.Reci
     weights, activations = qat.TensorSpec(bits=weight_bits), qat.TensorSpec(bits=activation_bits)
     everything = qat.Rule(weights=weights, activations=activations)
     return qat.Recipe(name=f"w{weight_bits}a{activation_bits}", rules=(*rules, everything))
+
+
+def everywhere(name: str) -> qat.Recipe:
+    """The recipe's rule for all layers, the first and the last ones too.
+
+    The input, which has negative numbers, lies on 8 bits if the method would cut them off.
+    """
+    rule = qat.Recipe.from_name(name).rules[-1]
+    if not configs.activation_quantizer(rule.activations).cuts_negatives:
+        return qat.Recipe(name=name, rules=(rule,))
+    first = dataclasses.replace(rule, position="first", activations=qat.TensorSpec(bits=8))
+    return qat.Recipe(name=name, rules=(first, rule))
 
 
 def randomize(model: tf_keras.Model, seed: int = 0) -> tf_keras.Model:

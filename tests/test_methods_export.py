@@ -7,7 +7,7 @@ import pytest
 import small_models
 import tensorflow as tf
 import tf_keras
-from small_models import layers
+from small_models import everywhere, layers
 
 import qat
 from qat import configs
@@ -39,11 +39,6 @@ def network(x):
 @pytest.fixture(scope="module")
 def net():
     return small_models.model_of(network, (6, 6, 3))
-
-
-def everywhere(name):
-    """The recipe for all layers, the first and last too."""
-    return qat.Recipe(name=name, rules=qat.Recipe.from_name(name).rules[-1:])
 
 
 def trained(net, name):

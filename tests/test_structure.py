@@ -18,6 +18,7 @@ ORDER = [
     {"reactnet"},
     {"configs", "layers", "canonical", "wrapper"},
     {"roles"},
+    {"negatives"},
     {"placement"},
     {"scheme"},
     {"apply"},

@@ -231,6 +231,7 @@ class PactQuantizer(LsqQuantizer):
     """
 
     method = "pact"
+    cuts_negatives = True
 
     def __init__(self, *, symmetric: bool = False, l2: float = 0.0, **options):
         super().__init__(symmetric=symmetric, **options)

@@ -174,3 +174,4 @@ class DorefaActivationQuantizer(FixedRangeQuantizer):
 
     def __init__(self, *, minimum: float = 0.0, maximum: float = 1.0, **options):
         super().__init__(minimum=minimum, maximum=maximum, **options)
+        self.cuts_negatives = minimum >= 0.0
