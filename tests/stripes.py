@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from small_models import everywhere
 
 import qat
 
@@ -61,24 +62,18 @@ def float_model(seed: int = 0) -> tf_keras.Model:
     return tf_keras.Model(image, layers.Dense(CLASSES, name="logits")(layers.Flatten()(x)))
 
 
-def all_layers(name: str) -> qat.Recipe:
-    """A recipe of this name without wider first and last layers."""
-    recipe = qat.Recipe.from_name(name)
-    return qat.Recipe(name=name, rules=recipe.rules[-1:])
-
-
 def quantized_model(seed: int = 0, recipe: str | qat.Recipe = "w4a4") -> tf_keras.Model:
     return qat.calibrate(qat.quantize_model(float_model(seed), recipe), Stripes().validation)
 
 
 @functools.cache
 def _built(name: str, whole: bool) -> tuple[tf_keras.Model, list[np.ndarray]]:
-    model = quantized_model(recipe=all_layers(name) if whole else name)
+    model = quantized_model(recipe=everywhere(name) if whole else name)
     return model, model.get_weights()
 
 
 def same_model(name: str, *, whole: bool = True) -> tf_keras.Model:
-    """The calibrated model of a recipe (`whole`: of `all_layers`), always one and the same."""
+    """The calibrated model of a recipe (`whole`: of `everywhere`), always one and the same."""
     model, weights = _built(name, whole)
     model.set_weights(weights)
     return model

@@ -340,6 +340,7 @@ def test_tfmot_quantizes_every_kernel_at_the_width_asked_for():
         assert found == [bits] * 5
 
 
+@pytest.mark.slow
 def test_tfmot_is_measured_on_its_file_if_there_is_one(digits, tmp_path):
     image = layers.Input((8, 8, 1))
     x = layers.Conv2D(4, 3, use_bias=False)(layers.Rescaling(1 / 255)(image))

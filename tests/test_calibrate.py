@@ -249,11 +249,11 @@ def test_only_ranges_change(model, data):
     [
         ("w8a8", None, False),
         ("w8a8", True, True),
-        ("w5a5", None, False),
+        pytest.param("w5a5", None, False, marks=pytest.mark.slow),
         ("w4a8", None, True),
         ("w8a4", None, True),
-        ("w1a1", None, True),
-        ("wta8", None, True),
+        pytest.param("w1a1", None, True, marks=pytest.mark.slow),
+        pytest.param("wta8", None, True, marks=pytest.mark.slow),
         ("w2a2", False, False),
     ],
 )

@@ -135,6 +135,7 @@ def test_frozen_batch_norm_trains_on_what_inference_sees(frozen):
     assert (abs(trained - inferred) < 1e-5) == frozen
 
 
+@pytest.mark.slow
 def test_statistics_can_be_measured_when_they_freeze():
     model, data = compiled(same_model("w4a4"), 0.0, run_eagerly=True), Stripes().epoch()
     freezing = callbacks.FreezeBatchNorm(0.5, data, steps=3)
@@ -395,6 +396,7 @@ def test_a_training_with_gradual_bits_exports(tmp_path):
     assert {q.num_bits for q, _ in quantizers_of(model).values()} == {2, 8}
 
 
+@pytest.mark.slow
 def test_validation_sees_the_widths_of_the_moment():
     data, model = Stripes(), compiled(same_model("w2a2"), 0.0)
     shown = model.fit(

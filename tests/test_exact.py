@@ -59,6 +59,7 @@ def test_gradients_are_those_of_fake_quantization_at_the_exact_values():
         np.testing.assert_array_equal(simulated, through_exact)
 
 
+@pytest.mark.slow
 def test_training_moves_the_integers_and_the_file_follows(tmp_path):
     model = quantized(model_of(residual, (6, 6, 1)), "w4a4")
     (x,) = data_for(model, 32)

@@ -184,7 +184,7 @@ def test_methods_are_those_of_recipes():
 
 def network(x):
     x = layers.Conv2D(3, 3, activation="relu", name="first")(x)
-    x = layers.DepthwiseConv2D(3, name="middle")(x)
+    x = layers.DepthwiseConv2D(3, activation="relu", name="middle")(x)
     return layers.Dense(2, name="logits")(layers.Flatten()(x))
 
 

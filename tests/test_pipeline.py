@@ -257,32 +257,23 @@ def test_no_epoch_is_calibration_alone(calibrated):
         np.testing.assert_array_equal(kernel, float_model.get_layer(name).kernel)
 
 
-def test_a_given_float_model_is_taken_as_it_is(calibrated, tints, tmp_path):
-    given = str(calibrated / "float_model.keras")
-    options = {"float_model": given, "model": "ignored", "qat_epochs": 0}
-    pipeline.run(job(tints, tmp_path / "new", **options))
-    assert names(tmp_path / "new") - {"tensorboard"} == OUTPUTS - {
-        "float_model.keras",
-        "tensorboard",
-    }
-    report = report_of(tmp_path / "new")
-    assert report["model"] == given and report["seconds"]["float_training"] == 0
-    assert report["accuracy"]["float"] == report_of(calibrated)["accuracy"]["float"]
-
-
-def test_a_new_run_removes_what_an_old_one_left(calibrated, tints, tmp_path):
+def test_a_given_float_model_is_taken_as_it_is_and_an_old_run_removed(calibrated, tints, tmp_path):
     for name in (*OUTPUTS - {"tensorboard"}, "notes.txt"):
         (tmp_path / name).write_text("old")
     for name in ("checkpoints/float", "tensorboard/qat"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "old").touch()
     given = str(calibrated / "float_model.keras")
-    pipeline.run(job(tints, tmp_path, float_model=given, qat_epochs=0))
+    options = {"float_model": given, "model": "ignored", "qat_epochs": 0}
+    pipeline.run(job(tints, tmp_path, **options))
     assert not list(tmp_path.rglob("old"))
     # The user's own files stay; the float model was given, so there is none of this run.
     assert names(tmp_path) - {"tensorboard"} == OUTPUTS - {"tensorboard", "float_model.keras"} | {
         "notes.txt"
     }
+    report = report_of(tmp_path)
+    assert report["model"] == given and report["seconds"]["float_training"] == 0
+    assert report["accuracy"]["float"] == report_of(calibrated)["accuracy"]["float"]
 
 
 # ---------------------------------------------------------------- settings

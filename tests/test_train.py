@@ -15,7 +15,7 @@ from stripes import (
     Recorder,
     Stripes,
     Watcher,
-    all_layers,
+    everywhere,
     float_model,
     linear_model,
     quantized_model,
@@ -221,7 +221,7 @@ WITH_STATE = {
 @functools.cache
 def other_model() -> tf_keras.Model:
     """As another process would make it; a checkpoint replaces its weights."""
-    return quantized_model(7, all_layers("w2a2"))
+    return quantized_model(7, everywhere("w2a2"))
 
 
 @pytest.mark.slow
@@ -350,7 +350,13 @@ def quantized_by_tfmot() -> tf_keras.Model:
     return tfmot.quantization.keras.quantize_model(float_model())
 
 
-@pytest.mark.parametrize("build", (float_model, quantized_by_tfmot), ids=("float", "tfmot"))
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(float_model, id="float"),
+        pytest.param(quantized_by_tfmot, id="tfmot", marks=pytest.mark.slow),
+    ],
+)
 def test_settings_that_do_not_apply_change_nothing(build):
     bare, given = (build() for _ in range(2))
     settings = {"iterative_freezing": 0.01, "dampening": 0.1, "quantizer_learning_rate": 0.1}
