@@ -264,8 +264,9 @@ class _Placement:
 
     def _require_no_negatives(self, call: Call, spec: TensorSpec) -> None:
         cuts = configs.activation_quantizer(spec).cuts_negatives
-        known = self.producer, self._role_of, self.input_range
-        if cuts and not never_negative(call.inputs[0], *known):
+        if cuts and not never_negative(
+            call.inputs[0], self.producer, self._role_of, self.input_range
+        ):
             raise RecipeError(
                 f"layer {call.layer.name!r} reads a tensor that can be negative, and method "
                 f"{spec.method!r} cuts off what is below 0; take 'lsq' or 'lsqplus' for its "

@@ -41,9 +41,10 @@ def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
     the batch norm's beta (else the layer's own bias) changes by at most S / 2. The kernels of INT4
     convolutions reach the codes behind a ReLU up to S early: the model's bias is that much above
-    the file's (`qat.ties.early`). Biases of 1-bit kernels that read signs move up to 63 S farther,
-    less than 1/8 of an output step, to where all of LiteRT's kernels round all sums alike
-    (`qat.ties.away_from_ties`). Call it when training is over; a second call changes nothing.
+    the file's (`qat.ties.early`); stored in int8, for speed, such a bias is up to S / 2 off.
+    Biases of 1-bit kernels that read signs move up to 63 S farther, less than 1/8 of an output
+    step, to where all of LiteRT's kernels round all sums alike (`qat.ties.away_from_ties`). Call it
+    when training is over; a second call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.

@@ -10,12 +10,12 @@ import pytest
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras
+from small_models import everywhere
 from stripes import (
     STEPS,
     Recorder,
     Stripes,
     Watcher,
-    everywhere,
     float_model,
     linear_model,
     quantized_model,
