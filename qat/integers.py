@@ -7,6 +7,7 @@ them: layouts, batch-norm folding and biases are worked out anew.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -17,6 +18,13 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 )
 
 from qat.canonical import Call, calls, consumers, functional
+from qat.integer_kernels import (
+    as_read,
+    channels_last,
+    channels_last_of_file,
+    per_channel,
+    scale_or_bias_mismatch,
+)
 from qat.layers import FakeQuantize
 from qat.quantizers import BinaryActivationQuantizer
 from qat.reactnet import LearnedShift, LearnedSlope
@@ -25,10 +33,6 @@ from qat.tflite_file import FileModel, FileOperator, FileTensor
 layers = tf_keras.layers
 # Parts of a layer's output that carry its grid under a name of their own.
 _OUTPUTS = r"(_\d+)?(/(int8|clamped|reshape|sign|output))?(_\d+)?"
-# Scales and biases are worked out in float64 and stored in float32.
-_FLOAT32_ERROR = 1e-6
-# A kernel's scale is raised only where its bias would leave int32.
-_RAISED_BIAS = 2**29
 
 
 def integer_mismatches(model: tf_keras.Model, file: FileModel) -> list[str]:
@@ -44,6 +48,17 @@ class _Comparison:
         self.readers = consumers(model)
         self.producer = {id(call.output): call for call in self.calls}
         self.names = {getattr(layer, "layer", layer).name for layer in model.layers}
+        unpacked = file.unpacked_constants()
+        self.operators = [
+            dataclasses.replace(
+                op,
+                inputs=tuple(
+                    as_read(t, unpacked[t.name]) if t.name in unpacked else t for t in op.inputs
+                ),
+            )
+            for op in file.operators
+            if not any(t.name in unpacked for t in op.outputs)
+        ]
         # The tensors that a call has been found to own; a layer called twice owns two.
         self.taken: set[str] = set()
 
@@ -91,7 +106,7 @@ class _Comparison:
         layer = call.layer.layer
         pattern = re.compile(re.escape(f"{layer.name}/kernel") + r"(_\d+)?")
         reasons = []
-        for op in self.file.operators:
+        for op in self.operators:
             kernel = next((t for t in op.inputs if pattern.fullmatch(t.name)), None)
             if kernel is None or kernel.name in self.taken:
                 continue
@@ -111,22 +126,25 @@ class _Comparison:
             codes = quantizer.codes(value, weights).numpy()
             scale = quantizer.grid(weights, value).numpy().scale
         multiplier, offset = self.folded(call)
-        expected = _channels_last(layer, codes) * np.where(multiplier < 0, -1, 1)
+        expected = channels_last(layer, codes) * np.where(multiplier < 0, -1, 1)
         if kernel.dtype == "float32":
             return None  # the layer's input is float, and so is its operator
         if kernel.data is None or kernel.data.size != expected.size:
             return f"shape {kernel.shape}, the model has {codes.shape}"
-        stored = _channels_last_of_file(layer, kernel.data)
-        different = int((stored.reshape(expected.shape) != expected).sum())
+        stored = channels_last_of_file(layer, kernel.data).reshape(expected.shape)
+        # The operator may read finer codes, or coarser ones that still tell all apart.
+        most, read = int(np.abs(expected).max()) or 1, int(np.abs(stored).max()) or 1
+        different = int((stored.astype(int) * most != expected * read).sum())
         if different:
             return f"{different} of {expected.size} integers differ"
         if kernel.zero_point.any():
             return "the zero point is not 0"
-        step = _per_channel(layer, codes, scale) * np.abs(multiplier) * self.gain(call.inputs[0])
+        step = most / read * per_channel(layer, codes, scale) * np.abs(multiplier)
+        step = step * self.gain(call.inputs[0])
         bias = self.bias(layer, multiplier, offset)
-        twice = kernel.dtype == "int4" and op.name in ("CONV_2D", "DEPTHWISE_CONV_2D")
-        early = twice and self.is_positive(call)
-        return _scale_or_bias_mismatch(kernel, op, step, bias, early=early)
+        packed = kernel.dtype in ("int2", "int4") and op.name != "FULLY_CONNECTED"
+        early = packed and self.is_positive(call)
+        return scale_or_bias_mismatch(kernel, op, step, bias, early=early)
 
     def sign_mismatches(self, call: Call) -> list[str]:
         """Every code of the input must get the sign that its real value gets in the model."""
@@ -180,7 +198,7 @@ class _Comparison:
         code = kernel.data.reshape(-1).astype(float)
         if (code <= 0).any() or kernel.zero_point.any():
             return [f"{name}: not a multiplication by one"]
-        reason = _scale_or_bias_mismatch(kernel, operator, 1 / code, layer.shift.numpy())
+        reason = scale_or_bias_mismatch(kernel, operator, 1 / code, layer.shift.numpy())
         return [] if reason is None else [f"{name}: {reason}"]
 
     def operator_reading(self, name: str) -> FileOperator | None:
@@ -234,54 +252,3 @@ class _Comparison:
                 gain *= call.layer.scale
             tensor = call.inputs[0]
         return gain
-
-
-def _scale_or_bias_mismatch(
-    kernel: FileTensor,
-    operator: FileOperator,
-    step: np.ndarray,
-    bias: np.ndarray,
-    *,
-    early: bool = False,
-) -> str | None:
-    """Compares a kernel's scales, and its biases in units of those.
-
-    early: the file's bias is as much below the model's as INT4 kernels round up too early.
-    """
-    channels = len(kernel.scale)
-    step, bias = np.broadcast_to(step, channels), np.broadcast_to(bias, channels)
-    stored = kernel.scale.astype(float)
-    codes = next(t for t in operator.inputs if t.dtype in ("int32", "int64") and len(t.scale) > 0)
-    x = next(t for t in operator.inputs if t.data is None)
-    raised = (stored > step) & (np.abs(codes.data) >= _RAISED_BIAS)
-    raised |= step < np.finfo(np.float32).tiny
-    wrong = ~raised & (np.abs(stored - step) > _FLOAT32_ERROR * step)
-    if wrong.any():
-        return f"{int(wrong.sum())} of {channels} scales differ"
-    expected = bias / (float(x.scale[0]) * stored)
-    if early:
-        multiplier = float(x.scale[0]) * stored / float(operator.outputs[0].scale[0])
-        power = 2.0 ** (np.floor(np.log2(multiplier)) + 1)
-        expected = expected - np.where(power < 1, power / (2 * multiplier), 0)
-    allowed = 0.5 + _FLOAT32_ERROR * np.abs(expected)
-    if (~raised & (np.abs(codes.data - expected) > allowed)).any():
-        return f"the bias {codes.name} differs"
-    return None
-
-
-def _channels_last(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
-    """A Keras kernel with its output channels as the last axis."""
-    if isinstance(layer, layers.DepthwiseConv2D):
-        return kernel.reshape(*kernel.shape[:2], -1)
-    return np.moveaxis(kernel, -2, -1) if type(layer) is layers.Conv2DTranspose else kernel
-
-
-def _channels_last_of_file(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
-    """A file's kernel likewise; only depthwise ones have their channels last already."""
-    return kernel if isinstance(layer, layers.DepthwiseConv2D) else np.moveaxis(kernel, 0, -1)
-
-
-def _per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """A quantizer's scale, per tensor or per channel, as a vector or a number."""
-    spread = np.broadcast_to(scale, [1] * codes.ndim) if scale.ndim == 0 else scale
-    return _channels_last(layer, spread).reshape(-1).astype(float)

@@ -184,6 +184,7 @@ class _Run:
                 data,
                 settings,
                 epochs=epochs,
+                weight_storage=job.weight_storage,
                 **self.options("qat", self.qat_model),
             )
         self.resumed_at_step = max(self.resumed_at_step, start)

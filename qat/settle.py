@@ -13,9 +13,11 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
+from qat.export.containers import Container, kernel_container, require_weight_storage
+from qat.export.lower_linear import OPERATORS
 from qat.grid import Grid
 from qat.layers import FakeQuantize, ReplacedBySign
-from qat.quantizers import BinaryActivationQuantizer
+from qat.quantizers import BinaryActivationQuantizer, GridQuantizer
 from qat.ties import away_from_ties, early
 
 layers = tf_keras.layers
@@ -29,29 +31,32 @@ _FUSED = (
     ReplacedBySign,
 )
 _LARGEST_BIAS = 2**31 - 1
-# Without an INT4 kernel, or with one that rounds once.
-_ROUND_ONCE = (layers.Conv2DTranspose, layers.Dense)
 
 
-def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
+def settle_biases(model: tf_keras.Model, *, weight_storage: str = "size") -> tf_keras.Model:
     """Rounds every bias to the int32 multiple of its scale that the file will hold.
 
     The file stores `round(b / S)`, S = input scale · kernel scale, of the bias b that batch
     normalization leaves. Left to the export, that rounding is the largest difference between model
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
-    the batch norm's beta (else the layer's own bias) changes by at most S / 2. The kernels of INT4
-    convolutions reach the codes behind a ReLU up to S early: the model's bias is that much above
-    the file's (`qat.ties.early`); stored in int8, for speed, such a bias is up to S / 2 off.
+    the batch norm's beta (else the layer's own bias) changes by at most S / 2. Convolutions with
+    packed kernels reach the codes behind a ReLU up to S early: the model's bias is that much above
+    the file's (`qat.ties.early`). In a file of the other weight storage those are up to S / 2 off.
     Biases of 1-bit kernels that read signs move up to 63 S farther, less than 1/8 of an output
     step, to where all of LiteRT's kernels round all sums alike (`qat.ties.away_from_ties`). Call it
     when training is over; a second call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.
+        weight_storage: that `export_tflite` will be given.
 
     Returns:
         The model.
+
+    Raises:
+        ExportError: an unknown weight_storage.
     """
+    require_weight_storage(weight_storage)
     model = functional(model)
     readers = consumers(model)
     producer = {id(call.output): call for call in calls(model)}
@@ -62,7 +67,9 @@ def settle_biases(model: tf_keras.Model) -> tf_keras.Model:
             alone = len(following) == 1 and following[0] is not None
             if source is not None:
                 reader = following[0].layer if alone else None
-                _settle(call, reader, source, gain, _target(call, readers))
+                target = _target(call, readers)
+                output = None if target is None else _grid(target)
+                _settle(call, reader, source, gain, output, weight_storage)
     return model
 
 
@@ -103,51 +110,76 @@ def _settle(
     reader: layers.Layer | None,
     source: FakeQuantize,
     gain: float,
-    target: FakeQuantize | None,
+    output: Grid | None,
+    weight_storage: str,
 ) -> None:
     layer = call.layer.layer
     ((weight, quantizer, weights),) = call.layer._weight_vars
-    with tf.device("/CPU:0"):
-        scale = quantizer.grid(weights, tf.convert_to_tensor(weight)).numpy().scale
-    step = np.broadcast_to(scale, _channel_shape(layer, weight)).reshape(-1).astype(float)
-    step *= float(_grid(source).scale) * gain
     own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
+    multiplier = np.ones(())
     if isinstance(reader, layers.BatchNormalization) and reader.center:
         deviation = np.sqrt(reader.moving_variance.numpy().astype(float) + reader.epsilon)
         multiplier = (reader.gamma.numpy().astype(float) if reader.scale else 1.0) / deviation
         variable, rest = reader.beta, (own - reader.moving_mean.numpy()) * multiplier
-        step *= np.abs(multiplier)
     elif layer.use_bias and not isinstance(reader, layers.BatchNormalization):
         variable, rest = layer.bias, 0.0
     else:
         return
-    output = None if target is None else _grid(target)
-    twice = quantizer.container_bits <= 4 and not isinstance(layer, _ROUND_ONCE)
-    ahead = early(step, output) if twice and output is not None else np.zeros_like(step)
-    _round(variable, rest, step, ahead, _sums(call.layer, source), output)
+    with tf.device("/CPU:0"):
+        value = tf.convert_to_tensor(weight)
+        scale = quantizer.grid(weights, value).numpy().scale
+        codes = quantizer.codes(value, weights).numpy().astype(int)
+    shape = _channel_shape(layer, weight)
+    flipped = codes * np.where(np.broadcast_to(multiplier, shape) < 0, -1, 1)
+    container = _container(layer, quantizer, flipped, output, weight_storage)
+    step = np.broadcast_to(scale, shape).reshape(-1) * np.abs(multiplier)
+    step = step * float(_grid(source).scale) * gain / container.finer
+    twice = output is not None and container.rounds_twice(OPERATORS[type(layer)])
+    ahead = early(step, output) if twice else np.zeros_like(step)
+    sums = _sums(layer, codes, source, container.finer)
+    _round(variable, rest, step, ahead, sums, output)
 
 
-def _sums(layer: QuantizeWrapper, source: FakeQuantize) -> np.ndarray | None:
+def _container(
+    layer: layers.Layer,
+    quantizer: GridQuantizer,
+    codes: np.ndarray,
+    output: Grid | None,
+    weight_storage: str,
+) -> Container:
+    """What holds the kernel in the file; without an output grid its operator computes in float."""
+    if output is None:
+        return Container("int8", "int8")
+    return kernel_container(
+        codes.T if isinstance(layer, layers.Dense) else codes,
+        bits=quantizer.container_bits,
+        unit=quantizer.code_unit,
+        operator=OPERATORS[type(layer)],
+        output=output,
+        storage=weight_storage,
+    )
+
+
+def _sums(
+    layer: layers.Layer, codes: np.ndarray, source: FakeQuantize, finer: float
+) -> np.ndarray | None:
     """What a kernel of codes ±c and 0 that reads signs ±s can sum up to; None for all others.
 
-    `c · s · k`, |k| <= products per sum. Padding leaves out whole pixels: with an even number of
-    channels, and no 0, k is even.
+    `finer · c · s · k`, |k| <= products per sum. Padding leaves out whole pixels: with an even
+    number of channels, and no 0, k is even.
     """
-    ((weight, quantizer, weights),) = layer._weight_vars
-    with tf.device("/CPU:0"):
-        codes = np.abs(quantizer.codes(tf.convert_to_tensor(weight), weights).numpy())
-    largest = codes.max()
+    largest = np.abs(codes).max()
     signs = isinstance(source.quantizer, BinaryActivationQuantizer)
-    if not (signs and np.isin(codes, (0, largest)).all()):
+    if not (signs and np.isin(np.abs(codes), (0, largest)).all()):
         return None
-    products = codes.size // int(np.prod(_channel_shape(layer.layer, weight)))
-    channels = products // int(np.prod(getattr(layer.layer, "kernel_size", 1)))
+    products = codes.size // int(np.prod(_channel_shape(layer, codes)))
+    channels = products // int(np.prod(getattr(layer, "kernel_size", 1)))
     even = channels % 2 == 0 and codes.all()
     k = np.arange(-products, products + 1, 2 if even else 1)
-    return k * float(largest * _grid(source).qmax)
+    return k * float(finer * largest * _grid(source).qmax)
 
 
-def _channel_shape(layer: layers.Layer, weight: tf.Variable) -> list[int]:
+def _channel_shape(layer: layers.Layer, weight: tf.Variable | np.ndarray) -> list[int]:
     ((_, axes),) = configs.kernels(layer).items()
     rank = len(weight.shape)
     return [size if axis - rank in axes else 1 for axis, size in enumerate(weight.shape)]

@@ -66,34 +66,50 @@ class FileModel:
         """
         return [op.name for op in self.operators if _is_float(op) and not self._boundary(op)]
 
+    def weights(self) -> list[FileTensor]:
+        """All kernels and biases: constants, packed or not, of operators that have kernels."""
+        unpacked = self.unpacked_constants()
+        read = [tensor for op in self.operators for tensor in _kernel_and_bias(op)]
+        found = [unpacked.get(tensor.name, tensor) for tensor in read]
+        return [tensor for tensor in found if tensor.bytes]
+
     def weight_bytes(self) -> int:
-        """Packed bytes of all kernels and biases (constants of operators that have kernels)."""
-        return sum(tensor.bytes for op in self.operators for tensor in _weights(op))
+        """Packed bytes of all weights."""
+        return sum(tensor.bytes for tensor in self.weights())
 
     def float_weight_bytes(self) -> int:
         """The same weights as float32."""
-        sizes = [int(np.prod(t.shape)) for op in self.operators for t in _weights(op)]
-        return 4 * sum(sizes)
+        return 4 * sum(int(np.prod(tensor.shape)) for tensor in self.weights())
+
+    def unpacked_constants(self) -> dict[str, FileTensor]:
+        """For the name of each tensor that constants are unpacked to by DEQUANTIZE, and perhaps a
+        QUANTIZE behind it, the constant."""
+        found: dict[str, FileTensor] = {}
+        for op in self.operators:
+            if op.name in ("DEQUANTIZE", "QUANTIZE") and op.inputs and op.outputs:
+                (source, *_), (made, *_) = op.inputs, op.outputs
+                if source.name in found or (op.name == "DEQUANTIZE" and source.bytes):
+                    found[made.name] = found.get(source.name, source)
+        return found
 
     def _boundary(self, op: FileOperator) -> bool:
+        if op.name not in ("QUANTIZE", "DEQUANTIZE"):
+            return False
+        if op.inputs[0].bytes or op.outputs[0].name in self.unpacked_constants():
+            return True
         ends = {id(tensor) for tensor in (*self.inputs, *self.outputs)}
-        if op.name == "QUANTIZE":
-            return id(op.inputs[0]) in ends or op.inputs[0].bytes > 0
-        if op.name == "DEQUANTIZE":
-            return id(op.outputs[0]) in ends or op.inputs[0].bytes > 0
-        return False
+        return id(op.inputs[0] if op.name == "QUANTIZE" else op.outputs[0]) in ends
 
 
 def _is_float(op: FileOperator) -> bool:
     return any(tensor.dtype in _FLOATS for tensor in (*op.inputs, *op.outputs))
 
 
-def _weights(op: FileOperator) -> list[FileTensor]:
-    kernels = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
-    constants = [tensor for tensor in op.inputs if tensor.bytes]
+def _kernel_and_bias(op: FileOperator) -> tuple[FileTensor, ...]:
     if op.name == "TRANSPOSE_CONV":
-        constants = constants[1:]  # its first input is the output's shape
-    return constants if op.name in kernels else []
+        return op.inputs[1:2] + op.inputs[3:]  # the first is its output's shape
+    kernels = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+    return op.inputs[1:] if op.name in kernels else ()
 
 
 def read_file(path: str | os.PathLike) -> FileModel:
@@ -168,11 +184,9 @@ def _tensor(tensor: schema.TensorT, buffers: list) -> FileTensor:
 
 
 def _values(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    if dtype == "int4":
-        nibbles = np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)[: int(np.prod(shape))]
-        return (
-            np.where(nibbles > 7, nibbles.astype(np.int8) - 16, nibbles)
-            .astype(np.int8)
-            .reshape(shape)
-        )
+    if dtype in ("int2", "int4"):
+        bits = int(dtype[-1])
+        fields = np.stack([raw >> shift for shift in range(0, 8, bits)], axis=1).reshape(-1)
+        codes = (fields[: int(np.prod(shape))] << (8 - bits)).astype(np.int8) >> (8 - bits)
+        return codes.reshape(shape)
     return raw.view(_NUMPY[dtype]).reshape(shape) if dtype in _NUMPY else None

@@ -12,7 +12,7 @@ from qat.errors import ModelError
 from qat.tflite_file import read_file
 
 IMAGE = (8, 8, 2)
-BITS = {"int4": 4, "int8": 8}
+BITS = {"int2": 2, "int4": 4, "int8": 8}
 
 
 def network(x):
@@ -123,7 +123,7 @@ def test_weight_bits_are_those_of_the_file(rows, file):
     }
     for name, bits in with_bits.items():
         kernel = kernels[f"{name}/kernel"]
-        assert BITS[kernel.dtype] == max(4, bits)
+        assert BITS[kernel.dtype] == max(2, bits)
         assert len(np.unique(kernel.data)) <= 2**bits
     floats = {t.name for t in kernels.values() if t.dtype == "float32"}
     assert floats == {"sensitive/kernel"}

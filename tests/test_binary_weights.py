@@ -65,6 +65,7 @@ def test_names_and_widths(kind):
     names = {XnorWeightQuantizer: "xnor", BwnWeightQuantizer: "bwn"}
     assert quantizer.method == names.get(kind, "dorefa")
     assert quantizer.num_bits == 1 and quantizer.container_bits == 4  # ±7
+    assert quantizer.code_unit == 7
 
 
 @every_way

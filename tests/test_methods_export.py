@@ -16,12 +16,12 @@ from qat.tflite_file import read_file
 
 # Recipe -> the container of its kernels.
 RECIPES = {
-    "w1a8-xnor": "int4",
-    "w1a8-bwn": "int4",
-    "w1a8-dorefa": "int4",
-    "wta8-twn": "int4",
+    "w1a8-xnor": "int2",
+    "w1a8-bwn": "int2",
+    "w1a8-dorefa": "int2",
+    "wta8-twn": "int2",
     "wta8-ttq": "int4",
-    "wta8-lsq": "int4",
+    "wta8-lsq": "int2",
     "w2a8-statsq": "int4",
     "w3a8-dorefa": "int4",
     "w4a8-dorefa": "int8",
@@ -31,7 +31,7 @@ NARROW = ["w4a4-lsq", "w4a4-lsqplus", "w4a4-pact", "w2a2-ewgs", "w2a2-dsq", "w3a
 
 
 def network(x):
-    x = layers.Conv2D(6, 3, padding="same", activation="relu", name="conv")(x)
+    x = layers.Conv2D(8, 3, padding="same", activation="relu", name="conv")(x)
     x = layers.DepthwiseConv2D(3, strides=2, padding="same", activation="relu", name="depthwise")(x)
     return layers.Dense(5, name="dense")(layers.Flatten()(x))
 
@@ -94,14 +94,15 @@ def test_weights_reach_the_file(net, name, tmp_path):
     assert [kernel.dtype for kernel in kernels] == [RECIPES[name]] * 3
     assert off["default"].max() < 0.5
     # The reference kernels round int8 convolutions twice too.
-    assert off["reference"].max() < (0.5 if RECIPES[name] == "int4" else 1.5)
+    assert off["reference"].max() < (1.5 if RECIPES[name] == "int8" else 0.5)
 
 
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_activations_reach_the_file(net, name, tmp_path):
     """Codes from sums of few steps, so that each rounding of the kernels would show."""
     kernels, off = exported(net, name, tmp_path)
-    assert {kernel.dtype for kernel in kernels} == {"int4"}
+    packed = "int2" if name.startswith("w2") else "int4"
+    assert {kernel.dtype for kernel in kernels} == {packed}
     assert max(difference.max() for difference in off.values()) < 0.5
 
 

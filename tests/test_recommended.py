@@ -25,12 +25,15 @@ def test_the_steps_and_what_they_get(monkeypatch):
     step(recommended, "settle_biases")
     settings = TrainSettings(learning_rate=0.02, warmup=0.5, distill=True)
     data = stripes.Stripes()
-    start = recommended.train_quantized("model", "float", data, settings, epochs=3, resume=True)
+    start = recommended.train_quantized(
+        "model", "float", data, settings, epochs=3, weight_storage="speed", resume=True
+    )
     assert start == 7
-    (first, (model, stream), given), (second, (_, same, config), _), (third, *_) = done
+    (first, (model, stream), given), (second, (_, same, config), _), (third, *_, settling) = done
     assert (first, second, third) == ("calibrate", "fit", "settle_biases")
     assert model == "model" and given == {"steps": recommended.CALIBRATION_STEPS}
     np.testing.assert_array_equal(next(iter(stream))[0], next(iter(data.train_stream()))[0])
+    assert settling == {"weight_storage": "speed"}
     assert same is data
     assert (config.epochs, config.learning_rate, config.teacher) == (3, 0.02, "float")
     assert config.warmup_steps == 3 * data.steps_per_epoch // 2 and config.resume

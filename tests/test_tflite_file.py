@@ -21,7 +21,7 @@ def path(tmp_path_factory):
 
     def build(x):
         x = layers.Conv2D(3, 3, activation="relu", name="conv")(x)
-        x = layers.DepthwiseConv2D(3, name="depthwise")(x)
+        x = layers.DepthwiseConv2D(3, activation="relu", name="depthwise")(x)
         return layers.Dense(5, name="dense")(layers.Flatten()(x))
 
     net = small_models.model_of(build, (6, 6, 1))

@@ -44,11 +44,11 @@ class Builder:
     """A graph under construction; tensor names are made unique.
 
     Args:
-        packed: kernels go into the smallest container that their operator runs, else int8.
+        weight_storage: "size" or "speed", see `kernel_container`.
     """
 
-    def __init__(self, *, packed: bool = True):
-        self.packed = packed
+    def __init__(self, *, weight_storage: str = "size"):
+        self.weight_storage = weight_storage
         self.graph = Graph()
         self._names: set[str] = set()
         self._floats: dict[int, Stored] = {}
@@ -68,6 +68,14 @@ class Builder:
     def scalar(self, name: str, grid: Grid, code: float) -> Tensor:
         """A constant of no dimensions on a grid."""
         return on_grid(self.name(name), (), grid, np.asarray(code))
+
+    def unpacked(self, kernel: Tensor, dtype: str, scale: np.ndarray) -> Tensor:
+        """A constant on finer scales in a wider type, unpacked whenever the file runs."""
+        real = Tensor(name=self.name(f"{kernel.name}/float"), shape=kernel.shape, dtype="float32")
+        self.operator("DEQUANTIZE", 7, [kernel], real, schema.DequantizeOptionsT())
+        name = self.name(f"{kernel.name}/{dtype}")
+        wider = dataclasses.replace(kernel, name=name, dtype=dtype, data=None, scale=scale)
+        return self.operator("QUANTIZE", 3, [real], wider, schema.QuantizeOptionsT())
 
     def activation(self, name: str, shape: tuple[int, ...], grid: Grid | None) -> Tensor:
         return on_grid(self.name(name), tuple(shape), grid)

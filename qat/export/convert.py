@@ -52,7 +52,7 @@ def convert(model: tf_keras.Model, *, io: str = "float32", weight_storage: str =
     Raises:
         ExportError: a layer without operator, a tensor without grid, NaN weights.
     """
-    return _Converter(functional(model), io, Builder(packed=weight_storage == "size")).run()
+    return _Converter(functional(model), io, Builder(weight_storage=weight_storage)).run()
 
 
 class _Converter:

@@ -1,4 +1,4 @@
-"""A graph as the bytes of a .tflite file, and the integers read back from such bytes."""
+"""A graph as the bytes of a .tflite file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
+from qat.export.containers import pack
 from qat.export.graph import Graph, Operator, Tensor
 
 _SCHEMA_VERSION = 3
 _PLACEHOLDER_BUILTIN = 127  # what readers of old schemas see for newer operators
 _NUMPY = {
     "float32": np.float32,
+    "int2": np.int8,
     "int4": np.int8,
     "int8": np.int8,
     "uint8": np.uint8,
@@ -21,20 +23,6 @@ _NUMPY = {
     "bool": np.bool_,
 }
 _TYPES = {name: getattr(schema.TensorType, name.upper()) for name in _NUMPY}
-_TYPE_NAMES = {code: name for name, code in _TYPES.items()}
-
-
-def pack_int4(codes: np.ndarray) -> np.ndarray:
-    """Two's-complement nibbles, two a byte, the first in the low half; uint8."""
-    nibbles = codes.astype(np.int8).reshape(-1).view(np.uint8) & 0xF
-    nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))
-    return nibbles[0::2] | (nibbles[1::2] << 4)
-
-
-def unpack_int4(packed: np.ndarray, size: int) -> np.ndarray:
-    """The int8 values of `pack_int4`'s bytes."""
-    nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)[:size]
-    return ((nibbles.astype(np.int8) ^ 8) - 8).astype(np.int8)
 
 
 def to_bytes(graph: Graph, *, description: str) -> bytes:
@@ -84,7 +72,7 @@ class _Writer:
         if tensor.data is None:
             return 0
         data = np.asarray(tensor.data).astype(_NUMPY[tensor.dtype])
-        packed = pack_int4(data) if tensor.dtype == "int4" else data
+        packed = pack(data, tensor.dtype) if tensor.dtype in ("int2", "int4") else data
         buffer = schema.BufferT()
         buffer.data = np.frombuffer(np.ascontiguousarray(packed).tobytes(), np.uint8)
         self.buffers.append(buffer)

@@ -28,11 +28,13 @@ class FrozenKernel:
         codes: whole numbers, int8, the kernel's shape.
         scale: float32, shaped to broadcast against codes.
         bits: width of the smallest integer that holds the codes.
+        unit: all codes are whole multiples of it.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     bits: int
+    unit: int
 
     @property
     def values(self) -> np.ndarray:
@@ -64,7 +66,12 @@ def freeze_kernel(layer: QuantizeWrapper) -> FrozenKernel | None:
             )
         codes = quantizer.codes(value, weights).numpy()
         scale = quantizer.grid(weights, value).numpy().scale
-    return FrozenKernel(codes=codes.astype(np.int8), scale=scale, bits=quantizer.container_bits)
+    return FrozenKernel(
+        codes=codes.astype(np.int8),
+        scale=scale,
+        bits=quantizer.container_bits,
+        unit=quantizer.code_unit,
+    )
 
 
 def freeze_grid(quantizer: GridQuantizer, weights: dict, name: str) -> Grid:

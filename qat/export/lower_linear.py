@@ -15,6 +15,13 @@ from qat.export.graph import ExportError
 from qat.export.pending import Linear
 
 layers = tf_keras.layers
+OPERATORS = {
+    layers.Conv1D: "CONV_2D",
+    layers.Conv2D: "CONV_2D",
+    layers.Conv2DTranspose: "TRANSPOSE_CONV",
+    layers.DepthwiseConv2D: "DEPTHWISE_CONV_2D",
+    layers.Dense: "FULLY_CONNECTED",
+}
 PADDING = {"same": schema.Padding.SAME, "valid": schema.Padding.VALID}
 
 
@@ -44,10 +51,12 @@ def lower_linear(
         scale = np.broadcast_to(frozen.scale, channel_shape).reshape(-1).astype(np.float64)
     common = {
         "name": layer.name,
+        "operator": OPERATORS[type(layer)],
         "x": x,
         "shape": shape,
         "scale": scale,
         "bits": frozen.bits if frozen else 32,
+        "unit": frozen.unit if frozen else 1,
         "bias": variable(layer, "bias").astype(float) if layer.use_bias else np.zeros(channels),
     }
     return _LOWERINGS[type(layer)](builder, layer, kernel, common)
@@ -84,7 +93,6 @@ def _convolution_options(layer, options: Any, fused: int) -> Any:
 
 def _conv2d(builder, layer, kernel, common):
     return Linear(
-        operator="CONV_2D",
         kernel=kernel.transpose(3, 0, 1, 2),
         channel_axis=0,
         options=lambda fused: _convolution_options(layer, schema.Conv2DOptionsT(), fused),
@@ -101,7 +109,6 @@ def _conv1d(builder, layer, kernel, common):
         "shape": (1, 1, *keras_shape[1:]),
     }
     return Linear(
-        operator="CONV_2D",
         kernel=kernel.transpose(2, 0, 1)[:, None],
         channel_axis=0,
         options=lambda fused: _convolution_options(layer, schema.Conv2DOptionsT(), fused),
@@ -119,7 +126,6 @@ def _depthwise(builder, layer, kernel, common):
         return made
 
     return Linear(
-        operator="DEPTHWISE_CONV_2D",
         kernel=kernel.reshape(1, height, width, depth * multiplier),
         channel_axis=3,
         options=options,
@@ -138,7 +144,6 @@ def _transposed(builder, layer, kernel, common):
 
     shape = np.asarray(common["shape"], np.int32)
     return Linear(
-        operator="TRANSPOSE_CONV",
         kernel=kernel.transpose(2, 0, 1, 3),
         channel_axis=0,
         options=options,
@@ -154,9 +159,7 @@ def _dense(builder, layer, kernel, common):
         made.keepNumDims = len(common["shape"]) > 2
         return made
 
-    return Linear(
-        operator="FULLY_CONNECTED", kernel=kernel.T, channel_axis=0, options=options, **common
-    )
+    return Linear(kernel=kernel.T, channel_axis=0, options=options, **common)
 
 
 _LOWERINGS = {

@@ -11,7 +11,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored, require_no_gain
-from qat.export.graph import ExportError, activation_dtype
+from qat.export.containers import Container, kernel_container
+from qat.export.graph import ExportError, Tensor, activation_dtype
 from qat.grid import Grid
 from qat.ties import early
 
@@ -20,22 +21,7 @@ _FUSED = {
     "relu": schema.ActivationFunctionType.RELU,
     "relu6": schema.ActivationFunctionType.RELU6,
 }
-# The operators whose kernels unpack INT4, by the activations' type; all others take the next larger
-# container. DEPTHWISE_CONV_2D accepts INT4 with int16 activations and computes garbage.
-_RUNS_INT4 = {
-    "int8": ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"),
-    "int16": ("CONV_2D", "FULLY_CONNECTED"),
-}
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-
-
-def kernel_container(operator: str, bits: int, activations: str) -> str:
-    """The smallest type that holds `bits`-bit codes and that the operator runs.
-
-    Args:
-        activations: "int8" or "int16", the type of the operator's output.
-    """
-    return "int4" if bits <= 4 and operator in _RUNS_INT4[activations] else "int8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +130,7 @@ class Linear(Pending):
         kernel: file layout; integers if `scale` is given, else float values.
         channel_axis: of the kernel's output channels.
         scale: float64 per channel, Keras units; None for a float kernel.
-        bits: width of the integers.
+        bits: width of the integers, which are whole multiples of `unit`.
         bias: float64 per channel, Keras units.
         options: given the fused activation's code, the options.
         leading: constants in front of the kernel (TRANSPOSE_CONV's output shape).
@@ -157,6 +143,7 @@ class Linear(Pending):
     channel_axis: int
     scale: np.ndarray | None
     bits: int
+    unit: int = 1
     bias: np.ndarray
     options: Callable[[int], Any]
     leading: tuple = ()
@@ -187,18 +174,18 @@ class Linear(Pending):
 
     def _integer(self, builder, name, grid):
         x_scale = np.float64(self.x.tensor.scale[0])
-        scale = self._kernel_scale(x_scale, grid)
-        axis = {"scale": scale, "zero_point": np.zeros(len(scale), np.int64)}
-        dtype = "int8"
-        if builder.packed:
-            dtype = kernel_container(self.operator, self.bits, activation_dtype(grid))
-        kernel = builder.constant(
-            f"{self.name}/kernel", self.kernel, dtype, axis=self.channel_axis, **axis
+        container = kernel_container(
+            self.kernel,
+            bits=self.bits,
+            unit=self.unit,
+            operator=self.operator,
+            output=grid,
+            storage=builder.weight_storage,
         )
+        scale = self._kernel_scale(x_scale, grid, container.finer)
+        kernel = self._kernel_constant(builder, container, scale)
         step = x_scale * scale.astype(np.float64)
-        ahead = 0.0
-        if dtype == "int4" and self.operator != "FULLY_CONNECTED":
-            ahead = early(step, grid)
+        ahead = early(step, grid) if container.rounds_twice(self.operator) else 0.0
         limit = 2**31 - 1
         codes = np.clip(np.rint(self.bias / step - ahead), -limit, limit)
         bias = builder.constant(
@@ -206,24 +193,40 @@ class Linear(Pending):
             codes.astype(np.int64),
             "int64" if activation_dtype(grid) == "int16" else "int32",
             scale=step.astype(np.float32),
-            zero_point=axis["zero_point"],
+            zero_point=np.zeros(len(step), np.int64),
         )
         output = builder.activation(name, self.shape, grid)
         inputs = [*self.leading, kernel, self.x.tensor, bias]
         if self.operator != "TRANSPOSE_CONV":
             inputs = [self.x.tensor, kernel, bias]
         options = self.options(_FUSED[self.activation])
-        builder.operator(self.operator, self._version(dtype, grid), inputs, output, options)
+        builder.operator(
+            self.operator, self._version(container.read, grid), inputs, output, options
+        )
         return builder.clamped(Stored(output, grid), name, relu=self.activation is not None)
 
-    def _kernel_scale(self, x_scale: np.float64, grid: Grid) -> np.ndarray:
-        """float32 scales that keep every bias inside int32.
+    def _kernel_constant(self, builder: Builder, container: Container, scale: np.ndarray) -> Tensor:
+        """The tensor that the operator reads, on the given scales."""
+        stored = builder.constant(
+            f"{self.name}/kernel",
+            self.kernel // container.divisor,
+            container.stored,
+            axis=self.channel_axis,
+            scale=scale * np.float32(container.factor),
+            zero_point=np.zeros(len(scale), np.int64),
+        )
+        if container.read == container.stored:
+            return stored
+        return builder.unpacked(stored, container.read, scale)
+
+    def _kernel_scale(self, x_scale: np.float64, grid: Grid, finer: float) -> np.ndarray:
+        """float32 scales of the codes that the operator reads; they keep every bias inside int32.
 
         A batch-norm gamma of (nearly) zero leaves a channel that is its bias alone. Raising the
         scale until the bias fits adds less than the output's rounding, once the bias itself is
         cut to what the output grid can tell apart.
         """
-        scale = np.maximum(self.scale * self.x.gain, _SMALLEST_NORMAL)
+        scale = np.maximum(self.scale * self.x.gain / finer, _SMALLEST_NORMAL)
         span = 512.0 * float(grid.scale) * (256.0 if activation_dtype(grid) == "int16" else 1.0)
         needed = np.minimum(np.abs(self.bias), span) / (x_scale * 2.0**30)
         return np.maximum(scale, needed).astype(np.float32)
@@ -237,7 +240,7 @@ class Linear(Pending):
         return {
             "CONV_2D": {"int4": 7, "int8": 3, "int16": 4},
             "DEPTHWISE_CONV_2D": {"int4": 6, "int8": 3, "int16": 5},
-            "FULLY_CONNECTED": {"int4": 12, "int8": 12, "int16": 12},
+            "FULLY_CONNECTED": {"int2": 14, "int4": 12, "int8": 12, "int16": 12},
             "TRANSPOSE_CONV": {"int8": 4, "int16": 4},
         }[self.operator][kind]
 

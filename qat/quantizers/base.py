@@ -17,12 +17,14 @@ class GridQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
 
     `weights` is the dictionary that `build` returned. `inputs` is the tensor to quantize; only
     quantizers whose range is the tensor's own need it. `method` is the quantizer's name in recipes,
-    `num_bits` the width that it makes, `cuts_negatives` whether it can only cover numbers from 0
-    up. Equal are two of one class with equal configs.
+    `num_bits` the width that it makes, `code_unit` what all codes are whole multiples of,
+    `cuts_negatives` whether it can only cover numbers from 0 up. Equal are two of one class with
+    equal configs.
     """
 
     method = ""
     num_bits: int
+    code_unit = 1
     cuts_negatives = False
 
     @property

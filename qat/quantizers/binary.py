@@ -15,7 +15,7 @@ from qat.quantizers.rounding import in_float32
 # The codes that stand for ±1 and ±α. The bias of a kernel is rounded to a multiple of the product
 # of its input's scale and its own: with codes ±1 in both that is a whole product, and signs behind
 # it flip. The largest codes of the containers (int8 activations, INT4 kernels) make it 889 times
-# finer.
+# finer. A file may store the kernel's codes / 7.
 ACTIVATION_CODE = 127
 WEIGHT_CODE = 7
 
@@ -61,6 +61,8 @@ class BinaryWeightQuantizer(_BinaryQuantizer):
 
     Source: XNOR-Net arXiv 1603.05279 (the scale); ReActNet arXiv 2003.03488 (its gradient).
     """
+
+    code_unit = WEIGHT_CODE
 
     def __init__(
         self,

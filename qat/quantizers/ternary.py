@@ -66,6 +66,7 @@ class TwnQuantizer(_TernaryQuantizer):
     """
 
     method = "twn"
+    code_unit = 2 ** (CONTAINER_BITS - 1) - 1
 
     def __init__(self, *, channel_axes: tuple[int, ...] | None = (-1,)):
         super().__init__(channel_axes=channel_axes)

@@ -1,0 +1,78 @@
+"""A kernel of the file against one of the model: layouts, scales and biases, worked out anew."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import tf_keras
+
+from qat.tflite_file import FileOperator, FileTensor
+
+layers = tf_keras.layers
+# Scales and biases are worked out in float64 and stored in float32.
+_FLOAT32_ERROR = 1e-6
+# A kernel's scale is raised only where its bias would leave int32.
+_RAISED_BIAS = 2**29
+
+
+def as_read(tensor: FileTensor, constant: FileTensor) -> FileTensor:
+    """A constant with the codes and scales that it has once it is unpacked to the tensor."""
+    factor = np.rint(constant.scale / tensor.scale).max()
+    codes = constant.data.astype(int) * int(factor)
+    if not np.allclose(constant.scale, factor * tensor.scale, rtol=_FLOAT32_ERROR, atol=0):
+        codes = None  # its channels grow by different factors, so no kernel of ours
+    return dataclasses.replace(
+        constant, data=codes, scale=tensor.scale, zero_point=tensor.zero_point
+    )
+
+
+def scale_or_bias_mismatch(
+    kernel: FileTensor,
+    operator: FileOperator,
+    step: np.ndarray,
+    bias: np.ndarray,
+    *,
+    early: bool = False,
+) -> str | None:
+    """Compares a kernel's scales, and its biases in units of those.
+
+    early: the file's bias is as much below the model's as INT4 kernels round up too early.
+    """
+    channels = len(kernel.scale)
+    step, bias = np.broadcast_to(step, channels), np.broadcast_to(bias, channels)
+    stored = kernel.scale.astype(float)
+    codes = next(t for t in operator.inputs if t.dtype in ("int32", "int64") and len(t.scale) > 0)
+    x = next(t for t in operator.inputs if t.data is None)
+    raised = (stored > step) & (np.abs(codes.data) >= _RAISED_BIAS)
+    raised |= step < np.finfo(np.float32).tiny
+    wrong = ~raised & (np.abs(stored - step) > _FLOAT32_ERROR * step)
+    if wrong.any():
+        return f"{int(wrong.sum())} of {channels} scales differ"
+    expected = bias / (float(x.scale[0]) * stored)
+    if early:
+        multiplier = float(x.scale[0]) * stored / float(operator.outputs[0].scale[0])
+        power = 2.0 ** (np.floor(np.log2(multiplier)) + 1)
+        expected = expected - np.where(power < 1, power / (2 * multiplier), 0)
+    allowed = 0.5 + _FLOAT32_ERROR * np.abs(expected)
+    if (~raised & (np.abs(codes.data - expected) > allowed)).any():
+        return f"the bias {codes.name} differs"
+    return None
+
+
+def channels_last(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
+    """A Keras kernel with its output channels as the last axis."""
+    if isinstance(layer, layers.DepthwiseConv2D):
+        return kernel.reshape(*kernel.shape[:2], -1)
+    return np.moveaxis(kernel, -2, -1) if type(layer) is layers.Conv2DTranspose else kernel
+
+
+def channels_last_of_file(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
+    """A file's kernel likewise; only depthwise ones have their channels last already."""
+    return kernel if isinstance(layer, layers.DepthwiseConv2D) else np.moveaxis(kernel, 0, -1)
+
+
+def per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A quantizer's scale, per tensor or per channel, as a vector or a number."""
+    spread = np.broadcast_to(scale, [1] * codes.ndim) if scale.ndim == 0 else scale
+    return channels_last(layer, spread).reshape(-1).astype(float)
