@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from qat.tflite_file import FileError, read_bytes
+from qat.verify import trial
 
 KERNELS = {
     "default": OpResolverType.AUTO,
     "optimized": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
     "reference": OpResolverType.BUILTIN_REF,
 }
+TRIAL_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Runner:
         threads: None = all cores.
 
     Raises:
-        FileError: missing, truncated, foreign, or with operators that the kernels lack.
+        FileError: missing, truncated, damaged, foreign, with operators that the kernels lack, or
+            one that the interpreter does not survive.
     """
 
     def __init__(
@@ -54,16 +61,15 @@ class Runner:
     ):
         self.path = os.fspath(path)
         content = read_bytes(self.path)
-        try:
-            self._interpreter = Interpreter(
-                model_content=content,
-                experimental_op_resolver_type=KERNELS[kernels],
-                num_threads=threads or os.cpu_count(),
-            )
-            self._interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise FileError(f"{self.path}: the interpreter refuses it: {reason}") from error
+        objection = _objection(content, KERNELS[kernels].name)
+        if objection:
+            raise FileError(f"{self.path}: the interpreter {objection}")
+        self._interpreter = Interpreter(
+            model_content=content,
+            experimental_op_resolver_type=KERNELS[kernels],
+            num_threads=threads or os.cpu_count(),
+        )
+        self._interpreter.allocate_tensors()
         self.inputs = self._interpreter.get_input_details()
         self.outputs = self._interpreter.get_output_details()
         self.batch_size = int(self.inputs[0]["shape"][0])
@@ -122,3 +128,24 @@ def _quantization(detail: dict) -> tuple[float, int]:
         return 1.0, 0
     scale, zero_point = detail["quantization"]
     return float(scale), int(zero_point)
+
+
+@functools.lru_cache(maxsize=1)  # several runners of one file try it once
+def _objection(content: bytes, resolver: str) -> str | None:
+    """What LiteRT has against a file, found in another process: it may crash or never end."""
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", trial.__file__, resolver],
+            input=content,
+            capture_output=True,
+            timeout=TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"does not finish a first run in {TRIAL_SECONDS} seconds"
+    if process.returncode < 0:
+        return f"crashes on it ({signal.Signals(-process.returncode).name})"
+    if process.returncode == trial.REFUSED:
+        reason = " ".join(process.stdout.decode(errors="replace").split())
+        return f"refuses it: {reason[:300]}"
+    process.check_returncode()
+    return None
