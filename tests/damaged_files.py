@@ -1,4 +1,4 @@
-"""Damaged .tflite files: deterministic mutants of a whole one, and files that are something else."""
+"""Damaged .tflite files: mutants of a whole one, the same on every run, and foreign ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 
 Mutant = tuple[str, bytes]
 WILD = (-(2**31), -1, 0, 1, 3, 2**15, 2**31 - 1)
+ENUMS = ("padding", "fusedActivationFunction", "weightsFormat", "quantizedBiasType")
 
 
 def mutants(content: bytes, count: int, seed: int = 0) -> Iterator[Mutant]:
@@ -163,11 +164,9 @@ def _option(model: schema.ModelT, rng: random.Random) -> None:
     options = rng.choice([options for options in found if options is not None])
     names = [name for name, value in vars(options).items() if isinstance(value, int)]
     wild = (-(2**31), -1, 0, 3, 2**30)
-    for name in names[:]:
+    for name in names:
         if rng.random() < 0.5 and not isinstance(getattr(options, name), bool):
-            narrow = name in ("padding", "fusedActivationFunction", "weightsFormat")
-            narrow |= name in ("quantizedBiasType", "inDataType", "outDataType")
-            setattr(options, name, rng.choice((0, 1, 4)) if narrow else rng.choice(wild))
+            setattr(options, name, rng.choice((0, 1, 4) if name in ENUMS else wild))
 
 
 def _buffer(model: schema.ModelT, rng: random.Random) -> None:

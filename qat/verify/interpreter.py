@@ -72,14 +72,24 @@ class Runner:
         self._interpreter.allocate_tensors()
         self.inputs = self._interpreter.get_input_details()
         self.outputs = self._interpreter.get_output_details()
-        self.batch_size = int(self.inputs[0]["shape"][0])
+        sizes = {tuple(map(int, detail["shape"][:1])) for detail in self.inputs}
+        if len(sizes) != 1 or sizes <= {(), (0,)}:
+            raise FileError(
+                f"{self.path}: its inputs do not begin with one and the same number of examples"
+            )
+        ((self.batch_size,),) = sizes
 
     def run(self, *inputs: np.ndarray) -> list[Codes]:
         """All outputs for float32 inputs of any number of examples, in the file's batches.
 
         Inputs of 8-bit files are quantized with the scale that the file states; the last batch is
         filled up by repeating its last example.
+
+        Raises:
+            FileError: the data does not fit, or what comes out is not one finite array an example.
         """
+        if len(inputs) != len(self.inputs):
+            raise FileError(f"{self.path}: has {len(self.inputs)} inputs, the data {len(inputs)}")
         examples, batches = len(inputs[0]), []
         for start in range(0, examples, self.batch_size):
             batch = [x[start : start + self.batch_size] for x in inputs]
@@ -104,10 +114,26 @@ class Runner:
         return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
 
     def _invoke(self, batch: list[np.ndarray]) -> list[np.ndarray]:
-        for detail, x in zip(self.inputs, batch, strict=True):
-            self._interpreter.set_tensor(detail["index"], self._encoded(detail, x))
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(detail["index"]).copy() for detail in self.outputs]
+        encoded = [self._encoded(detail, x) for detail, x in zip(self.inputs, batch, strict=True)]
+        try:
+            for detail, x in zip(self.inputs, encoded, strict=True):
+                self._interpreter.set_tensor(detail["index"], x)
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FileError(f"{self.path}: the interpreter fails on the data: {reason}") from error
+        return [self._output(detail) for detail in self.outputs]
+
+    def _output(self, detail: dict) -> np.ndarray:
+        x = self._interpreter.get_tensor(detail["index"]).copy()
+        if x.shape[:1] != (self.batch_size,):
+            raise FileError(
+                f"{self.path}: output {detail['name']!r} of shape {x.shape} does not hold one "
+                f"result for each of {self.batch_size} examples"
+            )
+        if np.issubdtype(x.dtype, np.inexact) and not np.isfinite(x).all():
+            raise FileError(f"{self.path}: output {detail['name']!r} holds NaN or infinity")
+        return x
 
     def _encoded(self, detail: dict, x: np.ndarray) -> np.ndarray:
         expected = tuple(map(int, detail["shape"]))
