@@ -25,7 +25,7 @@ def others() -> dict[str, bytes]:
         ),
         "images of no size": model(_op("MEAN", [_float(1, 0, 8, 10), axes], _float(1, 10))),
         "images of 10 channels": model(_op("MEAN", [_float(1, 8, 8, 10), axes], _float(1, 10))),
-        "images of 3000 × 3000": model(*_first_pixels(3000)),
+        "images of 1000 × 1000": model(*_first_pixels(1000)),
         "an output for no image": model(_op("RESHAPE", [image, constant((64,))], _float(64))),
         "an image as output": model(_op("RELU", [image], _float(*IMAGE))),
         "64 classes": model(_op("RESHAPE", [image, flat], _float(1, 64))),
