@@ -196,7 +196,7 @@ def test_a_file_that_takes_too_long(folder, whole, monkeypatch):
 
 
 def test_a_file_that_asks_for_too_much_memory(folder):
-    assert "the interpreter " in refusal(folder, other_files.large(2**29))
+    assert "refuses it, given 2 GiB of memory" in refusal(folder, other_files.large(2**29))
     Runner(write(folder, other_files.large(2**20)))
 
 

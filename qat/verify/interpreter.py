@@ -172,6 +172,6 @@ def _objection(content: bytes, resolver: str) -> str | None:
         return f"crashes on it ({signal.Signals(-process.returncode).name})"
     if process.returncode == trial.REFUSED:
         reason = " ".join(process.stdout.decode(errors="replace").split())
-        return f"refuses it: {reason[:300]}"
+        return f"refuses it, given {trial.MEMORY_GIB} GiB of memory: {reason[:300]}"
     process.check_returncode()
     return None

@@ -15,11 +15,11 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 REFUSED = 3  # 1 and 2 are the exit codes of Python's own errors
-_MEMORY = 2**31
+MEMORY_GIB = 2  # beside twice the file
 
 
 def run(content: bytes, resolver: str) -> None:
-    """Allocates and invokes once, within 2 GiB.
+    """Allocates and invokes once, within MEMORY_GIB.
 
     Args:
         content: of the file. resolver: the name of an `OpResolverType`.
@@ -28,7 +28,7 @@ def run(content: bytes, resolver: str) -> None:
         ValueError, RuntimeError, MemoryError: the interpreter refuses it.
     """
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_DATA, _MEMORY + 2 * len(content))
+    _limit(resource.RLIMIT_DATA, MEMORY_GIB * 2**30 + 2 * len(content))
     interpreter = Interpreter(
         model_content=content, experimental_op_resolver_type=OpResolverType[resolver]
     )
