@@ -65,17 +65,27 @@ class _Comparison:
     def run(self) -> list[str]:
         found: list[str] = []
         for call in self.calls:
-            if isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars:
-                found += self.kernel_mismatches(call)
-            elif isinstance(call.layer, FakeQuantize):
-                found += self.grid_mismatches(call.layer)
-                if isinstance(call.layer.quantizer, BinaryActivationQuantizer):
-                    found += self.sign_mismatches(call)
-            elif isinstance(call.layer, LearnedSlope):
-                found += self.slope_mismatches(call.layer)
-            elif isinstance(call.layer, LearnedShift):
-                found += self.shift_mismatches(call.layer)
-        return found
+            try:
+                found += self.mismatches(call)
+            except (AttributeError, IndexError, StopIteration, TypeError, ValueError) as error:
+                # A damaged or foreign file need not have the tensors that go with this one.
+                found.append(
+                    f"{call.layer.name}: built otherwise ({type(error).__name__}: {error})"
+                )
+        return [" ".join(line.split()) for line in found]
+
+    def mismatches(self, call: Call) -> list[str]:
+        """What differs in the file for one call of a layer."""
+        if isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars:
+            return self.kernel_mismatches(call)
+        if isinstance(call.layer, LearnedSlope):
+            return self.slope_mismatches(call.layer)
+        if isinstance(call.layer, LearnedShift):
+            return self.shift_mismatches(call.layer)
+        if not isinstance(call.layer, FakeQuantize):
+            return []
+        signs = isinstance(call.layer.quantizer, BinaryActivationQuantizer)
+        return self.grid_mismatches(call.layer) + (self.sign_mismatches(call) if signs else [])
 
     def grid_mismatches(self, layer: FakeQuantize) -> list[str]:
         """The tensors named after the layer must lie on its grid, to the last bit."""

@@ -11,7 +11,7 @@ import tf_keras
 
 from qat.errors import QatError
 from qat.integers import integer_mismatches
-from qat.tflite_file import FileModel, read_file
+from qat.tflite_file import FileError, FileModel, read_file
 from qat.verify.interpreter import Codes, Runner
 
 
@@ -61,7 +61,7 @@ def verify_tflite(
         dataset: batches of x or (x, y); x float32 in the model's input units.
 
     Raises:
-        FileError: the file cannot be read or run, or does not fit the data.
+        FileError: the file cannot be read or run, or does not fit the data or the model.
         ValueError: an empty dataset.
     """
     file, runner = read_file(path), Runner(path)
@@ -74,6 +74,7 @@ def verify_tflite(
         from_file.append(runner.run(*(tensor.numpy() for tensor in x)))
         outputs = tf.nest.flatten(predict(x if len(x) > 1 else x[0]))
         from_model.append([output.numpy().astype(np.float32) for output in outputs])
+        _require_same_shapes(path, from_file[-1], from_model[-1])
         labels.append(None if y is None else np.asarray(y))
     if not labels:
         raise QatError("the dataset to verify on is empty")
@@ -87,6 +88,16 @@ def verify_tflite(
         )
     ]
     return _verification(path, file, mismatches, outputs, labels)
+
+
+def _require_same_shapes(path, of_file: list[Codes], of_model: list[np.ndarray]) -> None:
+    shapes = [output.codes.shape for output in of_file]
+    if shapes != [output.shape for output in of_model]:
+        expected = ", ".join(str(output.shape) for output in of_model)
+        raise FileError(
+            f"{path} is not of this model: for a batch it gives {', '.join(map(str, shapes))}, the "
+            f"model {expected}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

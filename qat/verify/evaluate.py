@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ from qat.tflite_file import FileError, read_file
 from qat.verify.interpreter import Runner
 
 BATCH_SIZE = 64
+MAX_PIXELS = 2**24  # of a batch
 
 
 def evaluate_tflite(
@@ -37,15 +39,18 @@ def evaluate_tflite(
         DataError: the dataset cannot be had, or does not fit the file.
     """
     file, runner = read_file(path), Runner(path, threads=threads)
-    if len(runner.inputs) != 1 or len(runner.outputs) != 1 or len(runner.inputs[0]["shape"]) != 4:
+    shape = tuple(int(n) for n in runner.inputs[0]["shape"])
+    if len(runner.inputs) != 1 or len(runner.outputs) != 1 or len(shape) != 4 or 0 in shape:
         raise FileError(f"{path} is no image classifier: need one image input and one output")
-    size = tuple(int(n) for n in runner.inputs[0]["shape"][1:3])
-    batches, spec = qat_data.evaluation_split(
-        dataset, split, data_dir=data_dir, batch_size=BATCH_SIZE, image_size=size
-    )
+    size = shape[1:3]
     if len(runner.outputs[0]["shape"]) != 2:
         shape = tuple(map(int, runner.outputs[0]["shape"]))
         raise FileError(f"{path} is no classifier: its output has shape {shape}")
+    # Images of a damaged size may be huge.
+    batch_size = min(BATCH_SIZE, max(1, MAX_PIXELS // math.prod(size)))
+    batches, spec = qat_data.evaluation_split(
+        dataset, split, data_dir=data_dir, batch_size=batch_size, image_size=size
+    )
     classes = int(runner.outputs[0]["shape"][-1])
     if classes != spec.num_classes:
         raise FileError(f"{path} tells {classes} classes apart, {spec.name} has {spec.num_classes}")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from qat.tflite_file import FileError, read_bytes
+from qat.verify import trial
 
 KERNELS = {
     "default": OpResolverType.AUTO,
     "optimized": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
     "reference": OpResolverType.BUILTIN_REF,
 }
+TRIAL_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Runner:
         threads: None = all cores.
 
     Raises:
-        FileError: missing, truncated, foreign, or with operators that the kernels lack.
+        FileError: missing, truncated, damaged, foreign, with operators that the kernels lack, or
+            one that the interpreter does not survive.
     """
 
     def __init__(
@@ -54,26 +61,35 @@ class Runner:
     ):
         self.path = os.fspath(path)
         content = read_bytes(self.path)
-        try:
-            self._interpreter = Interpreter(
-                model_content=content,
-                experimental_op_resolver_type=KERNELS[kernels],
-                num_threads=threads or os.cpu_count(),
-            )
-            self._interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise FileError(f"{self.path}: the interpreter refuses it: {reason}") from error
+        objection = _objection(content, KERNELS[kernels].name)
+        if objection:
+            raise FileError(f"{self.path}: the interpreter {objection}")
+        self._interpreter = Interpreter(
+            model_content=content,
+            experimental_op_resolver_type=KERNELS[kernels],
+            num_threads=threads or os.cpu_count(),
+        )
+        self._interpreter.allocate_tensors()
         self.inputs = self._interpreter.get_input_details()
         self.outputs = self._interpreter.get_output_details()
-        self.batch_size = int(self.inputs[0]["shape"][0])
+        sizes = {tuple(map(int, detail["shape"][:1])) for detail in self.inputs}
+        if len(sizes) != 1 or sizes <= {(), (0,)}:
+            raise FileError(
+                f"{self.path}: its inputs do not begin with one and the same number of examples"
+            )
+        ((self.batch_size,),) = sizes
 
     def run(self, *inputs: np.ndarray) -> list[Codes]:
         """All outputs for float32 inputs of any number of examples, in the file's batches.
 
         Inputs of 8-bit files are quantized with the scale that the file states; the last batch is
         filled up by repeating its last example.
+
+        Raises:
+            FileError: the data does not fit, or what comes out is not one finite array an example.
         """
+        if len(inputs) != len(self.inputs):
+            raise FileError(f"{self.path}: has {len(self.inputs)} inputs, the data {len(inputs)}")
         examples, batches = len(inputs[0]), []
         for start in range(0, examples, self.batch_size):
             batch = [x[start : start + self.batch_size] for x in inputs]
@@ -98,10 +114,26 @@ class Runner:
         return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
 
     def _invoke(self, batch: list[np.ndarray]) -> list[np.ndarray]:
-        for detail, x in zip(self.inputs, batch, strict=True):
-            self._interpreter.set_tensor(detail["index"], self._encoded(detail, x))
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(detail["index"]).copy() for detail in self.outputs]
+        encoded = [self._encoded(detail, x) for detail, x in zip(self.inputs, batch, strict=True)]
+        try:
+            for detail, x in zip(self.inputs, encoded, strict=True):
+                self._interpreter.set_tensor(detail["index"], x)
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FileError(f"{self.path}: the interpreter fails on the data: {reason}") from error
+        return [self._output(detail) for detail in self.outputs]
+
+    def _output(self, detail: dict) -> np.ndarray:
+        x = self._interpreter.get_tensor(detail["index"]).copy()
+        if x.shape[:1] != (self.batch_size,):
+            raise FileError(
+                f"{self.path}: output {detail['name']!r} of shape {x.shape} does not hold one "
+                f"result for each of {self.batch_size} examples"
+            )
+        if np.issubdtype(x.dtype, np.inexact) and not np.isfinite(x).all():
+            raise FileError(f"{self.path}: output {detail['name']!r} holds NaN or infinity")
+        return x
 
     def _encoded(self, detail: dict, x: np.ndarray) -> np.ndarray:
         expected = tuple(map(int, detail["shape"]))
@@ -122,3 +154,24 @@ def _quantization(detail: dict) -> tuple[float, int]:
         return 1.0, 0
     scale, zero_point = detail["quantization"]
     return float(scale), int(zero_point)
+
+
+@functools.lru_cache(maxsize=1)  # several runners of one file try it once
+def _objection(content: bytes, resolver: str) -> str | None:
+    """What LiteRT has against a file, found in another process: it may crash or never end."""
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", trial.__file__, resolver],
+            input=content,
+            capture_output=True,
+            timeout=TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"does not finish a first run in {TRIAL_SECONDS} seconds"
+    if process.returncode < 0:
+        return f"crashes on it ({signal.Signals(-process.returncode).name})"
+    if process.returncode == trial.REFUSED:
+        reason = " ".join(process.stdout.decode(errors="replace").split())
+        return f"refuses it, given {trial.MEMORY_GIB} GiB of memory: {reason[:300]}"
+    process.check_returncode()
+    return None
