@@ -16,6 +16,7 @@ from qat.export.graph import (
     on_grid,
     same_grid,
 )
+from qat.export.target import LITERT, Target
 from qat.grid import Grid
 
 # The finest step on which GREATER_EQUAL is used; it is exact from 1/256 on.
@@ -45,10 +46,11 @@ class Builder:
 
     Args:
         packed: kernels go into the smallest container that their operator runs, else int8.
+        target: the kernels that will run the file.
     """
 
-    def __init__(self, *, packed: bool = True):
-        self.packed = packed
+    def __init__(self, *, packed: bool = True, target: Target = LITERT):
+        self.packed, self.target = packed, target
         self.graph = Graph()
         self._names: set[str] = set()
         self._floats: dict[int, Stored] = {}

@@ -17,7 +17,7 @@ def define_flags() -> None:
     """Declares the program's flags."""
     flags.DEFINE_string("qat_model", None, "qat_model.keras, as qat-train writes it.")
     flags.DEFINE_string("output", None, "The .tflite file to write.")
-    flags.DEFINE_enum("target", "litert", ["litert"], "Kernels that will run the file.")
+    flags.DEFINE_enum("target", "litert", ["litert", "tflm"], "Kernels that will run the file.")
     flags.DEFINE_enum("io", "float32", ["float32", "int8", "uint8"], "Inputs and outputs.")
     flags.DEFINE_enum("weight_storage", "size", ["size", "speed"], "Smallest, or int8 for speed.")
     flags.mark_flags_as_required(["qat_model", "output"])
