@@ -19,13 +19,14 @@ from qat.tflite_file import FileModel, FileOperator, FileTensor, read_bytes, rea
 _SCRIPT = pathlib.Path(__file__).with_name("micro_interpreter.py")
 _EXAMPLES = 4
 _TIMEOUT_SECONDS = 1800
-_INSTRUCTION = re.compile(r"Node (\w+) \(number (\d+)\) failed")
-# What to do about operators that were found to fail; all others get _ELSE.
+_ALIGNMENT = 16  # of everything in an arena
+_FAILED = re.compile(r"Node (\w+) \(number (\d+)\) failed")
+_USED = re.compile(r"Arena allocation total (\d+) bytes")
+# What to do about operators that were found to fail.
 _ADVICE = {
     "RELU6": "put the ReLU6 right behind a convolution, dense or Add layer, where it fuses",
     "REDUCE_MAX": "give the layer's input 8-bit activations, or use MaxPooling2D over the image",
 }
-_ELSE = "replace the layer, or export with --target=litert"
 
 
 def micro_check(content: bytes) -> int:
@@ -37,28 +38,26 @@ def micro_check(content: bytes) -> int:
         content: of the .tflite file.
 
     Returns:
-        Bytes of the smallest arena in which tflite-micro sets the file up, a multiple of 16.
+        Bytes of arena that the file needs, see `arena_bytes`.
 
     Raises:
         ExportError: tflite-micro is not installed, refuses the file, or computes something else.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = _stored(pathlib.Path(folder), content)
-        inputs = _random_inputs(file)
-        written = [tensor for operator in file.operators for tensor in operator.outputs]
-        index = {id(tensor): i for i, tensor in enumerate(file.tensors)}
-        answer = _ask(pathlib.Path(folder), file, inputs, [index[id(t)] for t in written])
-    expected = _reference(content, inputs, [index[id(tensor)] for tensor in written])
-    for operator in file.operators:
+        trial = _Trial(pathlib.Path(folder), content)
+        written = [tensor for operator in trial.file.operators for tensor in operator.outputs]
+        answer = trial.record(written)
+        arena = trial.arena()
+    expected = _reference(content, trial.inputs, [trial.index[id(tensor)] for tensor in written])
+    for operator in trial.file.operators:
         for tensor in operator.outputs:
-            number = index[id(tensor)]
-            actual = answer[f"tensor_{number}"].reshape(expected[number].shape)
-            _require_equal(operator, tensor, actual, expected[number])
-    return int(answer["arena"])
+            number = trial.index[id(tensor)]
+            _require_equal(operator, answer[f"tensor_{number}"], expected[number])
+    return arena
 
 
 def arena_bytes(path: str | os.PathLike) -> int:
-    """Bytes of the smallest arena in which tflite-micro sets a file up, a multiple of 16.
+    """Bytes of arena with which tflite-micro was seen to run a file, a multiple of 16.
 
     Of the package's reference kernels on this machine: smaller pointers need less, kernels made
     for a processor may ask for more.
@@ -68,87 +67,114 @@ def arena_bytes(path: str | os.PathLike) -> int:
         FileError: the file cannot be read.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = _stored(pathlib.Path(folder), read_bytes(os.fspath(path)))
-        return int(_ask(pathlib.Path(folder), file, [], [])["arena"])
+        return _Trial(pathlib.Path(folder), read_bytes(os.fspath(path))).arena()
 
 
-def _stored(folder: pathlib.Path, content: bytes) -> FileModel:
-    (folder / "model.tflite").write_bytes(content)
-    return read_file(folder / "model.tflite")
+class _Trial:
+    """A file in a folder where tflite-micro runs it, each time in a process of its own."""
+
+    def __init__(self, folder: pathlib.Path, content: bytes):
+        if importlib.util.find_spec("tflite_micro") is None:
+            raise ExportError(
+                "target tflm runs the file in tflite-micro, which is not installed; "
+                'run: python -m pip install -e ".[micro]"'
+            )
+        self.folder = folder
+        (folder / "model.tflite").write_bytes(content)
+        self.file = read_file(folder / "model.tflite")
+        self.index = {id(tensor): i for i, tensor in enumerate(self.file.tensors)}
+        rng = np.random.default_rng(0)
+        self.inputs = [_random_input(self.file, tensor, rng) for tensor in self.file.inputs]
+
+    def record(self, tensors: list[FileTensor]) -> dict[str, np.ndarray]:
+        """The tensors' values by `tensor_<index>`, (examples, …)."""
+        self._run([self.index[id(tensor)] for tensor in tensors], self._roomy())
+        with np.load(self.folder / "answer.npz") as answer:
+            return dict(answer)
+
+    def arena(self) -> int:
+        """Bytes of the smallest arena that was tried and sufficed.
+
+        First what was used when there was enough: setting up may have taken more in passing.
+        """
+        used = int(_USED.search(self._run([], self._roomy()))[1])
+        size = _aligned(used)
+        while not self._fits(size):
+            size = _aligned(size + max(size // 64, _ALIGNMENT))
+        return size
+
+    def _fits(self, arena: int) -> bool:
+        """An arena that is too small may also crash the process."""
+        return arena >= self._roomy() or self._process([], arena).returncode == 0
+
+    def _roomy(self) -> int:
+        """More than enough: every tensor, kernels too, twice as int64, and the nodes."""
+        elements = sum(int(np.prod(tensor.shape)) for tensor in self.file.tensors)
+        return _aligned(16 * elements + 4096 * len(self.file.tensors) + (1 << 16))
+
+    def _run(self, tensors: list[int], arena: int) -> str:
+        """What the script wrote to stderr. Raises ExportError if it failed."""
+        process = self._process(tensors, arena)
+        if process.returncode:
+            raise ExportError(_refusal(process, self.file))
+        return process.stderr
+
+    def _process(self, tensors: list[int], arena: int) -> subprocess.CompletedProcess:
+        examples = {f"input_{number:03d}": values for number, values in enumerate(self.inputs)}
+        np.savez(self.folder / "request.npz", tensors=np.asarray(tensors, int), **examples)
+        command = [sys.executable, "-P", str(_SCRIPT), str(self.folder), str(arena)]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(
+                f"tflite-micro ran the file for more than {_TIMEOUT_SECONDS} s; make the model "
+                "smaller, or export it for target litert"
+            ) from error
 
 
-def _ask(
-    folder: pathlib.Path, file: FileModel, inputs: list[np.ndarray], tensors: list[int]
-) -> dict[str, np.ndarray]:
-    """What the script answers; its file is in the folder."""
-    if importlib.util.find_spec("tflite_micro") is None:
-        raise ExportError(
-            "--target=tflm runs the file in tflite-micro, which is not installed; "
-            'run: python -m pip install -e ".[micro]"'
-        )
-    elements = sum(int(np.prod(tensor.shape)) for tensor in file.tensors)
-    examples = {f"input_{number:03d}": values for number, values in enumerate(inputs)}
-    # Eight bytes for each element, unpacked kernels included, twice, and what the nodes take.
-    roomy = 16 * elements + 4096 * len(file.tensors) + (1 << 16)
-    np.savez(folder / "request.npz", roomy=roomy, tensors=np.asarray(tensors, int), **examples)
-    command = [sys.executable, "-P", str(_SCRIPT), str(folder)]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"tflite-micro ran the file for more than {_TIMEOUT_SECONDS} s; use a smaller model, "
-            "or --target=litert"
-        ) from error
-    if process.returncode:
-        raise ExportError(_refusal(process, file))
-    with np.load(folder / "answer.npz") as answer:
-        return dict(answer)
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _refusal(process: subprocess.CompletedProcess, file: FileModel) -> str:
     """One line about a script that failed: the operator, its output, the reason, what to do."""
-    lines = [line.strip() for line in process.stderr.partition("Traceback")[0].splitlines()]
-    lines = [line for line in lines if line]
-    found = _INSTRUCTION.search(process.stderr)
+    said = [line.strip() for line in process.stderr.partition("Traceback")[0].splitlines()]
+    found = _FAILED.search(process.stderr)
+    reason = " ".join(line for line in said if line and not _FAILED.search(line))[-200:]
     if found is not None:
         operator = file.operators[int(found[2])]
-        reasons = " ".join(line for line in lines if not _INSTRUCTION.search(line))[-200:]
-        return f"tflite-micro refuses {_named(operator)}: {reasons}; {_advice(operator)}"
+        return f"tflite-micro refuses {_named(operator)}: {reason}; {_advice(operator)}"
     if process.returncode < 0:
-        return (
-            f"tflite-micro crashed on the file (signal {-process.returncode}), this is a bug in "
-            f"qat or tflite-micro; {_ELSE}"
-        )
-    reason = " ".join(lines[-3:] or process.stderr.strip().splitlines()[-1:])
-    return f"tflite-micro refuses the file: {reason}; {_ELSE}"
+        reason = f"it crashed with signal {-process.returncode}"
+    reason = reason or " ".join(process.stderr.strip().splitlines()[-1:])
+    return f"tflite-micro refuses the file: {reason}; export it for target litert"
 
 
-def _require_equal(
-    operator: FileOperator, tensor: FileTensor, actual: np.ndarray, expected: np.ndarray
-) -> None:
-    different = int((actual != expected).sum())
+def _require_equal(operator: FileOperator, actual: np.ndarray, expected: np.ndarray) -> None:
+    different = int((actual.reshape(expected.shape) != expected).sum())
     if different:
         raise ExportError(
             f"tflite-micro computes other values than LiteRT's reference kernels in "
-            f"{_named(operator)} ({different} of {expected.size}); {_advice(operator)}"
+            f"{_named(operator)}, {different} of {expected.size}; {_advice(operator)}"
         )
 
 
 def _named(operator: FileOperator) -> str:
-    return f"{operator.name} of layer {operator.outputs[0].name!r} ({operator.outputs[0].dtype})"
+    """The operator's name and, in its output's, the layer's."""
+    output = operator.outputs[0]
+    return f"{operator.name} of {output.name!r} ({output.dtype})"
 
 
 def _advice(operator: FileOperator) -> str:
-    return _ADVICE.get(operator.name, _ELSE)
-
-
-def _random_inputs(file: FileModel) -> list[np.ndarray]:
-    """Codes of the whole range, or the reals that they stand for; (examples, 1, …) each."""
-    rng = np.random.default_rng(0)
-    return [_random_input(file, tensor, rng) for tensor in file.inputs]
+    if operator.name in _ADVICE:
+        return _ADVICE[operator.name]
+    if operator.outputs[0].dtype == "int16":
+        return "give this layer 8-bit activations, or export for target litert"
+    return "replace this layer, or export for target litert"
 
 
 def _random_input(file: FileModel, tensor: FileTensor, rng: np.random.Generator) -> np.ndarray:
+    """Codes of the whole range, or the reals that they stand for; (examples, 1, …)."""
     shape = (_EXAMPLES, *tensor.shape)
     if tensor.dtype != "float32":
         limits = np.iinfo(tensor.dtype)

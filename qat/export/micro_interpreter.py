@@ -1,7 +1,7 @@
 """Runs a .tflite file in tflite-micro; a script of its own, because a bad file ends the process.
 
-`python -P micro_interpreter.py FOLDER`: FOLDER holds model.tflite and request.npz (see `main`) and
-receives answer.npz. It imports nothing of qat, and so starts without TensorFlow.
+`python -P micro_interpreter.py FOLDER ARENA`: FOLDER holds model.tflite and request.npz (see
+`main`) and receives answer.npz. It imports nothing of qat, and so starts without TensorFlow.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ import sys
 import numpy as np
 from tflite_micro import runtime
 
-_ALIGNMENT = 16  # of everything in an arena
 
+def main(folder: pathlib.Path, arena: int) -> None:
+    """Answers a request, and writes to stderr how much of the arena was used.
 
-def main(folder: pathlib.Path) -> None:
-    """Answers a request.
-
-    Request: `roomy` is an arena size that is surely enough, `tensors` the indices of those
-    to record, `input_000`, … the examples. Answer: `arena`, the least arena size, and for each
-    index `tensor_<index>`, all examples stacked.
+    Request: `input_000`, … examples of each input; `tensors`, indices of the tensors to record.
+    Answer: `tensor_<index>` for each of these, all examples stacked.
     """
     model = (folder / "model.tflite").read_bytes()
-    request = np.load(folder / "request.npz")
-    roomy = int(request["roomy"])
-    inputs = [request[name] for name in sorted(request) if name.startswith("input_")]
-    recorded = record(model, inputs, request["tensors"].tolist(), roomy)
-    arena = least_arena(model, roomy)
-    named = {f"tensor_{index}": values for index, values in recorded.items()}
-    np.savez(folder / "answer.npz", arena=arena, **named)
+    with np.load(folder / "request.npz") as request:
+        inputs = [request[name] for name in sorted(request) if name.startswith("input_")]
+        tensors = request["tensors"].tolist()
+    recorded = record(model, inputs, tensors, arena) if tensors else {}
+    np.savez(folder / "answer.npz", **{f"tensor_{i}": values for i, values in recorded.items()})
+    interpreter = runtime.Interpreter.from_bytes(model, arena_size=arena)
+    invoke(interpreter, [values[0] for values in inputs])
+    interpreter.print_allocations()
 
 
 def record(
@@ -43,39 +41,18 @@ def record(
     )
     found: dict[int, list[np.ndarray]] = {index: [] for index in tensors}
     for example in zip(*inputs, strict=True):
-        for number, values in enumerate(example):
-            interpreter.set_input(values, number)
-        interpreter.invoke()
+        invoke(interpreter, example)
         for index, values in found.items():
             values.append(interpreter.GetTensor(index, 0)["tensor_data"].copy())
     return {index: np.stack(values) for index, values in found.items()}
 
 
-def least_arena(model: bytes, enough: int) -> int:
-    """The smallest multiple of 16 bytes in which the model can be set up.
-
-    Halved first: a few hundred bytes, too few for the interpreter itself, crash the process.
-    """
-    enough = -(-enough // _ALIGNMENT)
-    while fits(model, enough // 2):
-        enough //= 2
-    refused = enough // 2
-    while enough - refused > 1:
-        middle = (enough + refused) // 2
-        if fits(model, middle):
-            enough = middle
-        else:
-            refused = middle
-    return enough * _ALIGNMENT
-
-
-def fits(model: bytes, blocks: int) -> bool:
-    try:
-        runtime.Interpreter.from_bytes(model, arena_size=blocks * _ALIGNMENT)
-    except RuntimeError:
-        return False
-    return True
+def invoke(interpreter: runtime.Interpreter, example: list[np.ndarray]) -> None:
+    """Runs one example, an array for each input."""
+    for number, values in enumerate(example):
+        interpreter.set_input(values, number)
+    interpreter.invoke()
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

@@ -189,9 +189,9 @@ class Linear(Pending):
         x_scale = np.float64(self.x.tensor.scale[0])
         scale = self._kernel_scale(x_scale, grid)
         axis = {"scale": scale, "zero_point": np.zeros(len(scale), np.int64)}
-        dtype = "int8"
-        if builder.packed:
-            dtype = kernel_container(self.operator, self.bits, activation_dtype(grid))
+        dtype, activations = "int8", activation_dtype(grid)
+        if builder.packed and activations in builder.target.packs:
+            dtype = kernel_container(self.operator, self.bits, activations)
         kernel = builder.constant(
             f"{self.name}/kernel", self.kernel, dtype, axis=self.channel_axis, **axis
         )
@@ -204,7 +204,7 @@ class Linear(Pending):
         bias = builder.constant(
             f"{self.name}/bias",
             codes.astype(np.int64),
-            "int64" if activation_dtype(grid) == "int16" else "int32",
+            "int64" if activations == "int16" else "int32",
             scale=step.astype(np.float32),
             zero_point=axis["zero_point"],
         )
