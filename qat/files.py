@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import tempfile
@@ -39,6 +40,9 @@ def write_together(
         OSError: the folder cannot be written.
     """
     first, *others = contents
+    for path in contents:
+        if path.is_dir():  # found out by renaming, the others would be there already
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with tempfile.TemporaryDirectory(dir=first.parent, prefix=f".{first.name}.") as folder:
         beside = {path: pathlib.Path(folder, path.name) for path in contents}
         for path, content in contents.items():

@@ -29,6 +29,15 @@ _ADVICE = {
 }
 
 
+def require_tflite_micro() -> None:
+    """Raises ExportError if the package is not installed."""
+    if importlib.util.find_spec("tflite_micro") is None:
+        raise ExportError(
+            "target tflm runs the file in tflite-micro, which is not installed; "
+            'run: python -m pip install -e ".[micro]"'
+        )
+
+
 def micro_check(content: bytes) -> int:
     """Runs a file in tflite-micro and in LiteRT's reference kernels on random inputs.
 
@@ -74,11 +83,7 @@ class _Trial:
     """A file in a folder where tflite-micro runs it, each time in a process of its own."""
 
     def __init__(self, folder: pathlib.Path, content: bytes):
-        if importlib.util.find_spec("tflite_micro") is None:
-            raise ExportError(
-                "target tflm runs the file in tflite-micro, which is not installed; "
-                'run: python -m pip install -e ".[micro]"'
-            )
+        require_tflite_micro()
         self.folder = folder
         (folder / "model.tflite").write_bytes(content)
         self.file = read_file(folder / "model.tflite")
@@ -88,40 +93,53 @@ class _Trial:
 
     def record(self, tensors: list[FileTensor]) -> dict[str, np.ndarray]:
         """The tensors' values by `tensor_<index>`, (examples, …)."""
-        self._run([self.index[id(tensor)] for tensor in tensors], self._roomy())
-        with np.load(self.folder / "answer.npz") as answer:
-            return dict(answer)
+        self._run([self.index[id(tensor)] for tensor in tensors])
+        return self._answer()
 
     def arena(self) -> int:
-        """Bytes of the smallest arena that was tried and sufficed.
+        """Bytes of the smallest arena that sufficed, to 1 % or 16 bytes.
 
-        First what was used when there was enough: setting up may have taken more in passing.
+        Mostly what was used where there was enough; setting up may have taken more in passing.
         """
-        used = int(_USED.search(self._run([], self._roomy()))[1])
-        size = _aligned(used)
-        while not self._fits(size):
-            size = _aligned(size + max(size // 64, _ALIGNMENT))
-        return size
+        enough = _aligned(int(_USED.search(self._run([]))[1]))
+        short, expected = enough - _ALIGNMENT, self._answer()
+        while not self._fits(enough, expected):
+            short, enough = enough, 2 * enough
+        while enough - short > max(_ALIGNMENT, enough // 100):
+            middle = _aligned((short + enough) // 2)
+            if self._fits(middle, expected):
+                enough = middle
+            else:
+                short = middle
+        return enough
 
-    def _fits(self, arena: int) -> bool:
-        """An arena that is too small may also crash the process."""
-        return arena >= self._roomy() or self._process([], arena).returncode == 0
+    def _fits(self, arena: int, expected: dict[str, np.ndarray]) -> bool:
+        """Whether the outputs are as expected; too small an arena may also crash the process."""
+        if self._process([], arena).returncode:
+            return False
+        answer = self._answer()
+        return all(np.array_equal(answer[name], values) for name, values in expected.items())
 
     def _roomy(self) -> int:
         """More than enough: every tensor, kernels too, twice as int64, and the nodes."""
         elements = sum(int(np.prod(tensor.shape)) for tensor in self.file.tensors)
         return _aligned(16 * elements + 4096 * len(self.file.tensors) + (1 << 16))
 
-    def _run(self, tensors: list[int], arena: int) -> str:
-        """What the script wrote to stderr. Raises ExportError if it failed."""
-        process = self._process(tensors, arena)
+    def _answer(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "answer.npz") as answer:
+            return dict(answer)
+
+    def _run(self, tensors: list[int]) -> str:
+        """What the script says of an arena that is large enough. Raises ExportError if it fails."""
+        process = self._process(tensors, self._roomy())
         if process.returncode:
             raise ExportError(_refusal(process, self.file))
         return process.stderr
 
     def _process(self, tensors: list[int], arena: int) -> subprocess.CompletedProcess:
         examples = {f"input_{number:03d}": values for number, values in enumerate(self.inputs)}
-        np.savez(self.folder / "request.npz", tensors=np.asarray(tensors, int), **examples)
+        counts = {"tensors": np.asarray(tensors, int), "outputs": len(self.file.outputs)}
+        np.savez(self.folder / "request.npz", **counts, **examples)
         command = [sys.executable, "-P", str(_SCRIPT), str(self.folder), str(arena)]
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)

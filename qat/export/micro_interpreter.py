@@ -16,17 +16,20 @@ from tflite_micro import runtime
 def main(folder: pathlib.Path, arena: int) -> None:
     """Answers a request, and writes to stderr how much of the arena was used.
 
-    Request: `input_000`, … examples of each input; `tensors`, indices of the tensors to record.
-    Answer: `tensor_<index>` for each of these, all examples stacked.
+    Request: `input_000`, … examples of each input; `tensors`, indices of the tensors to record;
+    `outputs`, how many there are. Answer: `tensor_<index>` for each of the tensors, all examples
+    stacked; `output_<number>`, what an interpreter in its usual state gives for the first example.
     """
     model = (folder / "model.tflite").read_bytes()
     with np.load(folder / "request.npz") as request:
         inputs = [request[name] for name in sorted(request) if name.startswith("input_")]
-        tensors = request["tensors"].tolist()
+        tensors, outputs = request["tensors"].tolist(), int(request["outputs"])
     recorded = record(model, inputs, tensors, arena) if tensors else {}
-    np.savez(folder / "answer.npz", **{f"tensor_{i}": values for i, values in recorded.items()})
+    answer = {f"tensor_{index}": values for index, values in recorded.items()}
     interpreter = runtime.Interpreter.from_bytes(model, arena_size=arena)
     invoke(interpreter, [values[0] for values in inputs])
+    answer |= {f"output_{number}": interpreter.get_output(number) for number in range(outputs)}
+    np.savez(folder / "answer.npz", **answer)
     interpreter.print_allocations()
 
 

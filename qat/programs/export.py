@@ -25,6 +25,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Loads the model, writes the file, prints what it holds."""
+    from qat.export.micro import arena_bytes
+    from qat.export.target import find_target
     from qat.export.tflite import export_tflite
     from qat.saving import load_quantized_model
     from qat.tflite_file import read_file
@@ -40,6 +42,8 @@ def main() -> None:
     file = read_file(path)
     operators = ", ".join(f"{name} x {n}" for name, n in file.operator_counts().items())
     print(f"{path}: {path.stat().st_size} bytes, weights {file.weight_bytes()}; {operators}")
+    if find_target(FLAGS.target).arena:
+        print(f"arena of tflite-micro: {arena_bytes(path)} bytes, also in {path.with_suffix('.h')}")
 
 
 def run() -> None:
