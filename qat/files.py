@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def write_whole(
@@ -22,9 +23,30 @@ def write_whole(
     Raises:
         OSError: the folder cannot be written.
     """
-    path = pathlib.Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        beside = pathlib.Path(folder, path.name)
-        beside.write_bytes(content)
-        check(beside)
-        os.replace(beside, path)
+    write_together({pathlib.Path(path): content}, check)
+
+
+def write_together(
+    contents: Mapping[pathlib.Path, bytes],
+    check: Callable[[pathlib.Path], None] = lambda written: None,
+) -> None:
+    """Writes files of one folder beside their places, and renames them when all are written.
+
+    Args:
+        contents: {path: content}; existing files are replaced, the first one last.
+        check: is given the first file, see `write_whole`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    first, *others = contents
+    for path in contents:
+        if path.is_dir():  # found out by renaming, the others would be there already
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryDirectory(dir=first.parent, prefix=f".{first.name}.") as folder:
+        beside = {path: pathlib.Path(folder, path.name) for path in contents}
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+        check(beside[first])
+        for path in (*others, first):
+            os.replace(beside[path], path)

@@ -14,6 +14,8 @@ FILES = (
     "float_model.keras",
     "qat_model.keras",
     "model.tflite",
+    "model.cc",
+    "model.h",
     "recipe.json",
     "report.json",
     "report.md",

@@ -19,6 +19,8 @@ from qat import train
 from qat.account import quantization_report
 from qat.apply import quantize_model
 from qat.errors import UserError
+from qat.export.micro import arena_bytes, require_tflite_micro
+from qat.export.target import find_target
 from qat.export.tflite import export_tflite
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
@@ -84,6 +86,8 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError(f"unknown model {job.model!r}; legal: {', '.join(models.MODELS)}")
     if job.io != "float32" and _has_bits(job.recipe, 16):
         raise UserError(f"--io={job.io} holds 8 bits; recipe {job.recipe.name} needs --io=float32")
+    if find_target(job.target).arena:
+        require_tflite_micro()
     with output_folder(job.output_dir), job.strategy.scope():
         prepared = _Run(job)
         if not job.resume:
@@ -119,9 +123,10 @@ class _Run:
                 io=job.io,
                 weight_storage=job.weight_storage,
             )
+            arena = arena_bytes(path) if find_target(job.target).arena else None
         with self.timed("verify"):
             found = verify_tflite(path, self.qat_model, self.data.test)
-        report = self.report(found)
+        report = self.report(found, arena)
         write_reports(job.output_dir, report)
         drop_checkpoints(job.output_dir)
         return report
@@ -185,6 +190,7 @@ class _Run:
                 settings,
                 epochs=epochs,
                 weight_storage=job.weight_storage,
+                target=job.target,
                 **self.options("qat", self.qat_model),
             )
         self.resumed_at_step = max(self.resumed_at_step, start)
@@ -215,7 +221,7 @@ class _Run:
         yield
         self.seconds[name] = round(time.monotonic() - start, 3)
 
-    def report(self, found: Verification) -> dict[str, Any]:
+    def report(self, found: Verification, arena: int | None) -> dict[str, Any]:
         job, data = self.job, self.data
         float_bytes = 4 * sum(int(tf.size(weight)) for weight in self.float_model.weights)
         return {
@@ -243,6 +249,7 @@ class _Run:
                 "operators": found.operators,
                 "float_operators": found.float_operators,
                 "target": job.target,
+                "arena_bytes": arena,
                 "io": job.io,
             },
             # Of a training that an earlier process finished only its model is known.

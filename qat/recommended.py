@@ -22,6 +22,7 @@ def train_quantized(
     *,
     epochs: int,
     weight_storage: str = "size",
+    target: str = "litert",
     **options: Any,
 ) -> int:
     """Calibrates, trains and settles a quantized model, in place.
@@ -32,7 +33,7 @@ def train_quantized(
         data: training stream and validation set.
         settings: e.g. `qat.settings.recommended(recipe)`.
         epochs: 0 = calibrate only.
-        weight_storage: of the export to come, see `settle_biases`.
+        weight_storage, target: of the export to come, see `settle_biases`.
         options: fields of `TrainConfig` that are no settings, e.g. checkpoint_dir.
 
     Returns:
@@ -46,5 +47,5 @@ def train_quantized(
         epochs=epochs, steps_per_epoch=data.steps_per_epoch, float_model=float_model, **options
     )
     start = train.fit(model, data, config)
-    settle_biases(model, weight_storage=weight_storage)
+    settle_biases(model, weight_storage=weight_storage, target=target)
     return start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.export.containers import Container, kernel_container, require_weight_storage
 from qat.export.lower_linear import OPERATORS
+from qat.export.target import Target, find_target
 from qat.grid import Grid
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.quantizers import BinaryActivationQuantizer, GridQuantizer
@@ -33,7 +35,9 @@ _FUSED = (
 _LARGEST_BIAS = 2**31 - 1
 
 
-def settle_biases(model: tf_keras.Model, *, weight_storage: str = "size") -> tf_keras.Model:
+def settle_biases(
+    model: tf_keras.Model, *, weight_storage: str = "size", target: str = "litert"
+) -> tf_keras.Model:
     """Rounds every bias to the int32 multiple of its scale that the file will hold.
 
     The file stores `round(b / S)`, S = input scale · kernel scale, of the bias b that batch
@@ -41,22 +45,23 @@ def settle_biases(model: tf_keras.Model, *, weight_storage: str = "size") -> tf_
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
     the batch norm's beta (else the layer's own bias) changes by at most S / 2. Convolutions with
     packed kernels reach the codes behind a ReLU up to S early: the model's bias is that much above
-    the file's (`qat.ties.early`). In a file of the other weight storage those are up to S / 2 off.
+    the file's (`qat.ties.early`). In a file of another storage or target biases are up to S off.
     Biases of 1-bit kernels that read signs move up to 63 S farther, less than 1/8 of an output
     step, to where all of LiteRT's kernels round all sums alike (`qat.ties.away_from_ties`). Call it
     when training is over; a second call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.
-        weight_storage: that `export_tflite` will be given.
+        weight_storage, target: that `export_tflite` will be given.
 
     Returns:
         The model.
 
     Raises:
-        ExportError: an unknown weight_storage.
+        ExportError: an unknown weight_storage or target.
     """
     require_weight_storage(weight_storage)
+    storage = _Storage(weight_storage, find_target(target))
     model = functional(model)
     readers = consumers(model)
     producer = {id(call.output): call for call in calls(model)}
@@ -69,7 +74,7 @@ def settle_biases(model: tf_keras.Model, *, weight_storage: str = "size") -> tf_
                 reader = following[0].layer if alone else None
                 target = _target(call, readers)
                 output = None if target is None else _grid(target)
-                _settle(call, reader, source, gain, output, weight_storage)
+                _settle(call, reader, source, gain, output, storage)
     return model
 
 
@@ -105,13 +110,23 @@ def _grid(layer: FakeQuantize) -> Grid:
         return layer.quantizer.grid(layer.quantizer_weights).numpy()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    weight_storage: str
+    target: Target
+
+    def operator(self, layer: layers.Layer) -> str:
+        operator = OPERATORS[type(layer)]
+        return self.target.dense if operator == "FULLY_CONNECTED" else operator
+
+
 def _settle(
     call: Call,
     reader: layers.Layer | None,
     source: FakeQuantize,
     gain: float,
     output: Grid | None,
-    weight_storage: str,
+    storage: _Storage,
 ) -> None:
     layer = call.layer.layer
     ((weight, quantizer, weights),) = call.layer._weight_vars
@@ -130,11 +145,12 @@ def _settle(
         scale = quantizer.grid(weights, value).numpy().scale
         codes = quantizer.codes(value, weights).numpy().astype(int)
     shape = _channel_shape(layer, weight)
-    flipped = codes * np.where(np.broadcast_to(multiplier, shape) < 0, -1, 1)
-    container = _container(layer, quantizer, flipped, output, weight_storage)
+    signs = np.where(np.broadcast_to(multiplier, [np.prod(shape)]) < 0, -1, 1).reshape(shape)
+    operator = storage.operator(layer)
+    container = _container(layer, quantizer, codes * signs, output, storage)
     step = np.broadcast_to(scale, shape).reshape(-1) * np.abs(multiplier)
     step = step * float(_grid(source).scale) * gain / container.finer
-    twice = output is not None and container.rounds_twice(OPERATORS[type(layer)])
+    twice = output is not None and container.rounds_twice(operator)
     ahead = early(step, output) if twice else np.zeros_like(step)
     sums = _sums(layer, codes, source, container.finer)
     _round(variable, rest, step, ahead, sums, output)
@@ -145,7 +161,7 @@ def _container(
     quantizer: GridQuantizer,
     codes: np.ndarray,
     output: Grid | None,
-    weight_storage: str,
+    storage: _Storage,
 ) -> Container:
     """What holds the kernel in the file; without an output grid its operator computes in float."""
     if output is None:
@@ -154,9 +170,10 @@ def _container(
         codes.T if isinstance(layer, layers.Dense) else codes,
         bits=quantizer.container_bits,
         unit=quantizer.code_unit,
-        operator=OPERATORS[type(layer)],
+        operator=storage.operator(layer),
         output=output,
-        storage=weight_storage,
+        storage=storage.weight_storage,
+        target=storage.target,
     )
 
 

@@ -10,6 +10,7 @@ from small_models import KERNELS, everywhere, layers
 import qat
 from qat.errors import QatError
 from qat.export.containers import Container, kernel_container, pack
+from qat.export.target import LITERT
 from qat.grid import Grid
 from qat.tflite_file import read_file
 from qat.verify.integer import simulate
@@ -51,7 +52,13 @@ def codes(low, high, row=4):
 )
 def test_containers(operator, kernel, bits, unit, output, storage, expected):
     found = kernel_container(
-        kernel, bits=bits, unit=unit, operator=operator, output=output, storage=storage
+        kernel,
+        bits=bits,
+        unit=unit,
+        operator=operator,
+        output=output,
+        storage=storage,
+        target=LITERT,
     )
     assert found == expected
 

@@ -201,7 +201,7 @@ def test_a_range_that_is_not_finite(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "legal"),
-    [("target", "litert"), ("io", "float32, int8, uint8"), ("weight_storage", "size, speed")],
+    [("target", "litert, tflm"), ("io", "float32, int8, uint8"), ("weight_storage", "size, speed")],
 )
 def test_unknown_options(model, tmp_path, option, legal):
     with pytest.raises(ExportError) as error:

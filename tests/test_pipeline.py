@@ -143,6 +143,7 @@ SCHEMA = {
         "operators": dict,
         "float_operators": list,
         "target": str,
+        "arena_bytes": type(None),
         "io": str,
     },
     "qat_settings": dict,

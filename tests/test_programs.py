@@ -62,7 +62,7 @@ TRAIN_CALLS = {
     "seed above 32 bits": ("--output_dir=new --seed=4294967296", "seed 4294967296"),
     "checkpoint_steps 0": ("--output_dir=new --checkpoint_steps=0", "checkpoint_steps 0"),
     "unknown io": ("--output_dir=new --io=int4", "io int4 float32 int8 uint8"),
-    "unknown target": ("--output_dir=new --target=gpu", "target gpu litert"),
+    "unknown target": ("--output_dir=new --target=gpu", "target gpu litert tflm"),
     "unknown storage": ("--output_dir=new --weight_storage=zip", "weight_storage zip size speed"),
     "unknown precision": ("--output_dir=new --mixed_precision=int8", "mixed_precision float32"),
     "unknown distribution": ("--output_dir=new --distribution=tpu", "distribution tpu mirrored"),

@@ -26,14 +26,21 @@ def test_the_steps_and_what_they_get(monkeypatch):
     settings = TrainSettings(learning_rate=0.02, warmup=0.5, distill=True)
     data = stripes.Stripes()
     start = recommended.train_quantized(
-        "model", "float", data, settings, epochs=3, weight_storage="speed", resume=True
+        "model",
+        "float",
+        data,
+        settings,
+        epochs=3,
+        weight_storage="speed",
+        target="tflm",
+        resume=True,
     )
     assert start == 7
     (first, (model, stream), given), (second, (_, same, config), _), (third, *_, settling) = done
     assert (first, second, third) == ("calibrate", "fit", "settle_biases")
     assert model == "model" and given == {"steps": recommended.CALIBRATION_STEPS}
     np.testing.assert_array_equal(next(iter(stream))[0], next(iter(data.train_stream()))[0])
-    assert settling == {"weight_storage": "speed"}
+    assert settling == {"weight_storage": "speed", "target": "tflm"}
     assert same is data
     assert (config.epochs, config.learning_rate, config.teacher) == (3, 0.02, "float")
     assert config.warmup_steps == 3 * data.steps_per_epoch // 2 and config.resume

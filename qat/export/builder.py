@@ -16,6 +16,7 @@ from qat.export.graph import (
     on_grid,
     same_grid,
 )
+from qat.export.target import LITERT, Target
 from qat.grid import Grid
 
 # The finest step on which GREATER_EQUAL is used; it is exact from 1/256 on.
@@ -45,10 +46,11 @@ class Builder:
 
     Args:
         weight_storage: "size" or "speed", see `kernel_container`.
+        target: the kernels that will run the file.
     """
 
-    def __init__(self, *, weight_storage: str = "size"):
-        self.weight_storage = weight_storage
+    def __init__(self, *, weight_storage: str = "size", target: Target = LITERT):
+        self.weight_storage, self.target = weight_storage, target
         self.graph = Graph()
         self._names: set[str] = set()
         self._floats: dict[int, Stored] = {}

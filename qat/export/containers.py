@@ -8,21 +8,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from qat.export.graph import ExportError, activation_dtype
+from qat.export.target import Target
 from qat.grid import Grid
 
 WEIGHT_STORAGES = ("size", "speed")
 # Narrowest first, with the bits of a code.
 _BITS = {"int2": 2, "int4": 4, "int8": 8}
-# The packed types that LiteRT's kernels read, by the activations' type; all read int8.
-# DEPTHWISE_CONV_2D accepts INT4 with int16 activations and computes garbage.
-_READS = {
-    "int8": {
-        "CONV_2D": ("int4",),
-        "DEPTHWISE_CONV_2D": ("int4",),
-        "FULLY_CONNECTED": ("int2", "int4"),
-    },
-    "int16": {"CONV_2D": ("int4",), "FULLY_CONNECTED": ("int4",)},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +42,14 @@ class Container:
 
 
 def kernel_container(
-    codes: np.ndarray, *, bits: int, unit: int, operator: str, output: Grid, storage: str
+    codes: np.ndarray,
+    *,
+    bits: int,
+    unit: int,
+    operator: str,
+    output: Grid,
+    storage: str,
+    target: Target,
 ) -> Container:
     """The container of a kernel.
 
@@ -62,16 +60,20 @@ def kernel_container(
         output: grid of its output.
         storage: "size", the fewest bytes; or "speed", the type that the operator is quickest with:
             FULLY_CONNECTED with INT4, all others with int8, which they need not unpack.
+        target: the kernels that will run the file.
     """
     bits = max(bits, _width(codes))
     least = bits if unit == 1 else _width(codes // unit)
-    reads = _READS[activation_dtype(output)].get(operator, ())
-    if operator == "FULLY_CONNECTED":
-        stored = _narrowest(least, reads if storage == "size" else ("int4",), codes.shape[-1])
-        return Container(stored, stored, divisor=unit if bits > _BITS[stored] else 1)
-    stored = _narrowest(least, _BITS) if storage == "size" else "int8"
+    reads = target.reads.get((activation_dtype(output), operator), ())
+    dense = operator == "FULLY_CONNECTED"
+    if storage == "speed":
+        types = set(reads) & {"int4"} if dense else ()
+    else:
+        types = reads if dense or not target.unpacks else _BITS
+    stored = _narrowest(least, types, row=codes.shape[-1] if dense else 4)
     divisor = unit if bits > _BITS[stored] else 1
-    if stored == "int8" or (stored in reads and not _signed(output)):
+    direct = stored == "int8" or stored in reads
+    if direct and (dense or stored == "int8" or not target.unpacks or not _signed(output)):
         return Container(stored, stored, divisor=divisor)
     most = max(1, int(np.abs(codes).max()) // divisor)
     return Container(stored, "int8", divisor=divisor, factor=127 // most)

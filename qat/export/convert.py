@@ -31,6 +31,7 @@ from qat.export.lower_linear import lower_affine, lower_linear, variable
 from qat.export.lower_reactnet import lower_shift, sign_thresholds
 from qat.export.lower_shape import LOWERINGS, TAKES_PENDING
 from qat.export.pending import Linear, Pending
+from qat.export.target import LITERT, Target
 from qat.grid import Grid
 from qat.layers import FakeQuantize
 from qat.reactnet import LearnedShift
@@ -40,7 +41,13 @@ Value = Stored | Pending
 IO_TYPES = ("float32", "int8", "uint8")
 
 
-def convert(model: tf_keras.Model, *, io: str = "float32", weight_storage: str = "size") -> Graph:
+def convert(
+    model: tf_keras.Model,
+    *,
+    io: str = "float32",
+    weight_storage: str = "size",
+    target: Target = LITERT,
+) -> Graph:
     """The graph that the file will hold.
 
     Args:
@@ -48,11 +55,13 @@ def convert(model: tf_keras.Model, *, io: str = "float32", weight_storage: str =
         io: type of the file's inputs and outputs: float32 (with QUANTIZE and DEQUANTIZE at the
             boundary), int8, or uint8 (a camera's bytes).
         weight_storage: "size" or "speed", see `export_tflite`.
+        target: the kernels that will run the file.
 
     Raises:
         ExportError: a layer without operator, a tensor without grid, NaN weights.
     """
-    return _Converter(functional(model), io, Builder(weight_storage=weight_storage)).run()
+    builder = Builder(weight_storage=weight_storage, target=target)
+    return _Converter(functional(model), io, builder).run()
 
 
 class _Converter:

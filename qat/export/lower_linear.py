@@ -153,6 +153,9 @@ def _transposed(builder, layer, kernel, common):
 
 
 def _dense(builder, layer, kernel, common):
+    if builder.target.dense == "CONV_2D":
+        return _dense_convolution(builder, layer, kernel, common)
+
     def options(fused):
         made = schema.FullyConnectedOptionsT()
         made.fusedActivationFunction = fused
@@ -160,6 +163,33 @@ def _dense(builder, layer, kernel, common):
         return made
 
     return Linear(kernel=kernel.T, channel_axis=0, options=options, **common)
+
+
+def _dense_convolution(builder, layer, kernel, common):
+    """A dense layer is a 1×1 convolution on an image of height 1."""
+    keras_shape, depth = common["shape"], kernel.shape[0]
+    width = int(np.prod(keras_shape[1:-1]))
+    common |= {
+        "operator": "CONV_2D",
+        "x": builder.reshape(common["x"], (1, 1, width, depth), f"{layer.name}/image"),
+        "shape": (1, 1, width, kernel.shape[1]),
+    }
+    return Linear(
+        kernel=kernel.T[:, None, None],
+        channel_axis=0,
+        options=lambda fused: _unit_options(schema.Conv2DOptionsT(), fused),
+        reshape_to=keras_shape,
+        **common,
+    )
+
+
+def _unit_options(options: Any, fused: int) -> Any:
+    """Of a 1×1 convolution, depthwise or not."""
+    options.padding = schema.Padding.VALID
+    options.strideH = options.strideW = 1
+    options.dilationHFactor = options.dilationWFactor = 1
+    options.fusedActivationFunction = fused
+    return options
 
 
 _LOWERINGS = {
@@ -192,10 +222,8 @@ def lower_affine(
         image = keras_shape
 
     def options(fused):
-        made = schema.DepthwiseConv2DOptionsT()
-        made.padding, made.depthMultiplier = schema.Padding.VALID, 1
-        made.strideH = made.strideW = made.dilationHFactor = made.dilationWFactor = 1
-        made.fusedActivationFunction = fused
+        made = _unit_options(schema.DepthwiseConv2DOptionsT(), fused)
+        made.depthMultiplier = 1
         return made
 
     kernel = 127 * np.sign(multiplier) if integer else multiplier

@@ -181,6 +181,7 @@ class Linear(Pending):
             operator=self.operator,
             output=grid,
             storage=builder.weight_storage,
+            target=builder.target,
         )
         scale = self._kernel_scale(x_scale, grid, container.finer)
         kernel = self._kernel_constant(builder, container, scale)

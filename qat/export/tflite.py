@@ -8,15 +8,16 @@ import pathlib
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
 
+from qat.export.c_source import c_sources
 from qat.export.containers import require_weight_storage
 from qat.export.convert import IO_TYPES, convert
 from qat.export.flatbuffer import to_bytes
 from qat.export.graph import ExportError
-from qat.files import write_whole
+from qat.export.micro import micro_check
+from qat.export.target import find_target
+from qat.files import write_together
 from qat.integers import integer_mismatches
 from qat.tflite_file import read_file
-
-TARGETS = ("litert",)
 
 
 def export_tflite(
@@ -30,12 +31,13 @@ def export_tflite(
     """Writes the model's TFLite file; it appears whole and checked, or not at all.
 
     Before the file gets its name, its integers are read back and compared with every quantizer's,
-    and the interpreter must accept it.
+    and the interpreter must accept it. For target "tflm", tflite-micro must run it too and compute
+    what LiteRT's reference kernels do, bit for bit; C++ sources (.cc, .h) appear beside it.
 
     Args:
         model: quantized, and calibrated or trained.
         path: of the file to write; its folder must exist.
-        target: "litert", the kernels of LiteRT and TensorFlow Lite.
+        target: "litert", the kernels of LiteRT and TensorFlow Lite, or "tflm", tflite-micro's.
         io: "float32", "int8" or "uint8" inputs and outputs.
         weight_storage: "size", the fewest bytes: INT2 up to 2 bits, INT4 up to 4; or "speed", int8
             for convolutions, which else unpack their kernels at every invocation, and INT4 for
@@ -48,18 +50,20 @@ def export_tflite(
         ExportError: illegal options, a model that cannot be exported, a folder that cannot be
             written, or a file that fails its check.
     """
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}; legal: {', '.join(TARGETS)}")
+    kernels = find_target(target)
     if io not in IO_TYPES:
         raise ExportError(f"unknown io {io!r}; legal: {', '.join(IO_TYPES)}")
     require_weight_storage(weight_storage)
     path = pathlib.Path(path)
     # 1. Constants and operators.
-    graph = convert(model, io=io, weight_storage=weight_storage)
+    graph = convert(model, io=io, weight_storage=weight_storage, target=kernels)
     content = to_bytes(graph, description=f"qat: {model.name}")
+    files = {path: content}
+    if kernels.arena:
+        files |= c_sources(path, content, graph, micro_check(content))
     # 2. It gets its name once its integers and the interpreter are content.
     try:
-        write_whole(path, content, check=lambda written: _check(written, content, model))
+        write_together(files, check=lambda written: _check(written, content, model))
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror}") from error
     return path

@@ -17,7 +17,7 @@ def define_flags() -> None:
     """Declares the program's flags."""
     flags.DEFINE_string("qat_model", None, "qat_model.keras, as qat-train writes it.")
     flags.DEFINE_string("output", None, "The .tflite file to write.")
-    flags.DEFINE_enum("target", "litert", ["litert"], "Kernels that will run the file.")
+    flags.DEFINE_enum("target", "litert", ["litert", "tflm"], "Kernels that will run the file.")
     flags.DEFINE_enum("io", "float32", ["float32", "int8", "uint8"], "Inputs and outputs.")
     flags.DEFINE_enum("weight_storage", "size", ["size", "speed"], "Smallest, or int8 for speed.")
     flags.mark_flags_as_required(["qat_model", "output"])
@@ -25,6 +25,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Loads the model, writes the file, prints what it holds."""
+    from qat.export.micro import arena_bytes
+    from qat.export.target import find_target
     from qat.export.tflite import export_tflite
     from qat.saving import load_quantized_model
     from qat.tflite_file import read_file
@@ -40,6 +42,8 @@ def main() -> None:
     file = read_file(path)
     operators = ", ".join(f"{name} x {n}" for name, n in file.operator_counts().items())
     print(f"{path}: {path.stat().st_size} bytes, weights {file.weight_bytes()}; {operators}")
+    if find_target(FLAGS.target).arena:
+        print(f"arena of tflite-micro: {arena_bytes(path)} bytes, also in {path.with_suffix('.h')}")
 
 
 def run() -> None:
