@@ -82,7 +82,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("storage", ["size", "speed"])
+@pytest.mark.parametrize("storage", ["size", pytest.param("speed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", ["w1a8", "w2a8", "w4a8", "w4a4", "w2a16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_computes_what_was_trained(kind, recipe, storage, tmp_path):

@@ -118,6 +118,7 @@ def outcome(way, path, model) -> str:
     return "runs"
 
 
+@pytest.mark.slow
 def test_whole_files_run(attempt, whole, models):
     for recipe in RECIPES:
         assert attempt(whole[recipe], models[recipe]) == ["runs"] * 3
@@ -133,7 +134,7 @@ def check_mutants(attempt, content, model, count: int, seed: int) -> None:
     assert np.all((refused > count / 2) & (refused < count))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["w1a1"])
 def test_some_mutants(attempt, whole, models, recipe):
     check_mutants(attempt, whole[recipe], models[recipe], FAST, seed=1)
 

@@ -79,9 +79,9 @@ def exported(folder, build, shape, recipe, **options):
 @pytest.mark.parametrize(
     ("build", "shape", "recipe"),
     [
-        (mixed, IMAGE, "w8a8"),
         (mixed, IMAGE, "w4a8"),
-        (mixed, IMAGE, "w1a1"),
+        pytest.param(mixed, IMAGE, "w8a8", marks=pytest.mark.slow),
+        pytest.param(mixed, IMAGE, "w1a1", marks=pytest.mark.slow),
         (dense, (64,), "w4a8"),
         pytest.param(dense, (64,), "w8a8", marks=pytest.mark.slow),
         pytest.param(mixed, IMAGE, "w2a4", marks=pytest.mark.slow),
@@ -103,7 +103,7 @@ def test_all_codes_are_the_reference_kernels(tmp_path, build, shape, recipe):
 
 
 @needs_micro
-@pytest.mark.parametrize("io", ["int8", "uint8"])
+@pytest.mark.parametrize("io", ["int8", pytest.param("uint8", marks=pytest.mark.slow)])
 def test_eight_bit_boundaries(tmp_path, io):
     model, path = exported(tmp_path, mixed, IMAGE, "w4a8", io=io)
     data = [np.random.default_rng(0).integers(0, 256, (8, *IMAGE)).astype(np.uint8)]
@@ -113,7 +113,7 @@ def test_eight_bit_boundaries(tmp_path, io):
 
 
 @needs_micro
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a16", marks=pytest.mark.slow), "w4a16"])
 def test_sixteen_bits(tmp_path, recipe):
     """Beside int16 tflite-micro unpacks no kernel."""
     model, path = exported(tmp_path, mixed, IMAGE, small_models.everywhere(recipe))
@@ -135,6 +135,7 @@ def test_a_layer_kept_in_float(tmp_path):
 
 
 @needs_micro
+@pytest.mark.slow
 def test_the_arena_suffices_and_less_does_not(tmp_path):
     """Wide layers take more while they are set up than what is used in the end."""
     model, path = exported(tmp_path, dense, (64,), "w8a8")
