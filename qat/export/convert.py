@@ -18,6 +18,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
+from qat.export import larq
 from qat.export.builder import Builder, Stored
 from qat.export.freeze import (
     FrozenKernel,
@@ -40,11 +41,18 @@ Value = Stored | Pending
 IO_TYPES = ("float32", "int8", "uint8")
 
 
-def convert(model: tf_keras.Model, *, io: str = "float32", weight_storage: str = "size") -> Graph:
+def convert(
+    model: tf_keras.Model,
+    *,
+    target: str = "litert",
+    io: str = "float32",
+    weight_storage: str = "size",
+) -> Graph:
     """The graph that the file will hold.
 
     Args:
         model: a quantized model, calibrated or trained.
+        target: "litert" or "lce", see `export_tflite`.
         io: type of the file's inputs and outputs: float32 (with QUANTIZE and DEQUANTIZE at the
             boundary), int8, or uint8 (a camera's bytes).
         weight_storage: "size" or "speed", see `export_tflite`.
@@ -52,7 +60,9 @@ def convert(model: tf_keras.Model, *, io: str = "float32", weight_storage: str =
     Raises:
         ExportError: a layer without operator, a tensor without grid, NaN weights.
     """
-    return _Converter(functional(model), io, Builder(packed=weight_storage == "size")).run()
+    builder = larq.LarqBuilder if target == "lce" else Builder
+    graph = _Converter(functional(model), io, builder(packed=weight_storage == "size")).run()
+    return larq.finish(graph) if target == "lce" else graph
 
 
 class _Converter:
@@ -244,7 +254,7 @@ def _require_closed(graph: Graph, io: str) -> None:
     known = {id(tensor) for tensor in graph.inputs}
     for operator in graph.operators:
         for tensor in operator.inputs:
-            if tensor.data is None and id(tensor) not in known:
+            if tensor is not None and tensor.data is None and id(tensor) not in known:
                 raise ExportError(
                     f"{operator.name} reads the float tensor {tensor.name!r}, which --io={io} "
                     "removes; use --io=float32"

@@ -15,7 +15,7 @@ from qat.files import write_whole
 from qat.integers import integer_mismatches
 from qat.tflite_file import read_file
 
-TARGETS = ("litert",)
+TARGETS = ("litert", "lce")
 WEIGHT_STORAGES = ("size", "speed")
 
 
@@ -35,7 +35,8 @@ def export_tflite(
     Args:
         model: quantized, and calibrated or trained.
         path: of the file to write; its folder must exist.
-        target: "litert", the kernels of LiteRT and TensorFlow Lite.
+        target: "litert", the kernels of LiteRT and TensorFlow Lite; or "lce", those and Larq Compute
+            Engine's bit-packed convolutions for 1-bit weights and activations.
         io: "float32", "int8" or "uint8" inputs and outputs.
         weight_storage: "size", the smallest container that the operator runs; or "speed", int8,
             which convolution kernels need not unpack at every invocation.
@@ -56,7 +57,7 @@ def export_tflite(
         raise ExportError(f"unknown weight_storage {weight_storage!r}; legal: {legal}")
     path = pathlib.Path(path)
     # 1. Constants and operators.
-    graph = convert(model, io=io, weight_storage=weight_storage)
+    graph = convert(model, target=target, io=io, weight_storage=weight_storage)
     content = to_bytes(graph, description=f"qat: {model.name}")
     # 2. It gets its name once its integers and the interpreter are content.
     try:
