@@ -16,6 +16,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
     QuantizeWrapper,
 )
 
+from qat import larq_file
 from qat.canonical import Call, calls, consumers, functional
 from qat.layers import FakeQuantize
 from qat.quantizers import BinaryActivationQuantizer
@@ -93,7 +94,8 @@ class _Comparison:
         reasons = []
         for op in self.file.operators:
             kernel = next((t for t in op.inputs if pattern.fullmatch(t.name)), None)
-            if kernel is None or kernel.name in self.taken:
+            # LceBconv2d's words are compared where they have been read as bits.
+            if kernel is None or kernel.dtype == "int32" or kernel.name in self.taken:
                 continue
             reason = self.operator_mismatch(call, kernel, op)
             if reason is None:
@@ -116,7 +118,8 @@ class _Comparison:
             return None  # the layer's input is float, and so is its operator
         if kernel.data is None or kernel.data.size != expected.size:
             return f"shape {kernel.shape}, the model has {codes.shape}"
-        stored = _channels_last_of_file(layer, kernel.data)
+        is_bits = kernel.dtype == larq_file.BIT
+        stored = _channels_last_of_file(layer, kernel.data) * (np.abs(codes).max() if is_bits else 1)
         different = int((stored.reshape(expected.shape) != expected).sum())
         if different:
             return f"{different} of {expected.size} integers differ"
@@ -124,6 +127,8 @@ class _Comparison:
             return "the zero point is not 0"
         step = _per_channel(layer, codes, scale) * np.abs(multiplier) * self.gain(call.inputs[0])
         bias = self.bias(layer, multiplier, offset)
+        if is_bits:
+            return larq_file.convolution_mismatch(op, step * np.abs(codes).max(), bias)
         twice = kernel.dtype == "int4" and op.name in ("CONV_2D", "DEPTHWISE_CONV_2D")
         early = twice and self.is_positive(call)
         return _scale_or_bias_mismatch(kernel, op, step, bias, early=early)
@@ -133,10 +138,18 @@ class _Comparison:
         name = f"{call.layer.name.removesuffix('_fake_quantize')}/sign"
         compared = self.operator_reading(f"{name}/threshold")
         source = self.source(call.inputs[0])
-        if compared is None or source is None:
-            return [f"{name}/threshold is missing from the file"]
+        if source is None:
+            return [f"{name} is taken of no grid"]
         with tf.device("/CPU:0"):
             grid = source.quantizer.grid(source.quantizer_weights).numpy()
+        codes = np.arange(grid.qmin, grid.qmax + 1)[:, None]
+        reals = (codes - grid.zero_point).astype(np.float32) * grid.scale
+        bias = call.layer.quantizer_weights.get("bias")
+        bias = np.float32(0) if bias is None else bias.numpy()
+        expected = reals * np.float32(self.gain(call.inputs[0])) >= -bias
+        if compared is None:
+            reason = larq_file.sign_mismatch(self.file, f"{name}/bits", grid, expected)
+            return [] if reason is None else [reason]
         x, limit = compared.inputs
         select = next(op for op in self.file.operators if compared.outputs[0] in op.inputs)
         (zero_point,) = x.zero_point
@@ -144,11 +157,6 @@ class _Comparison:
         same = limit.scale[0] == step and limit.zero_point[0] == zero_point == grid.zero_point
         if not (same and 2.0**-8 <= step < 1.0):  # finer, the kernel takes neighbours for equal
             return [f"{limit.name}: compared on another grid, or on one of inexact steps"]
-        codes = np.arange(grid.qmin, grid.qmax + 1)[:, None]
-        reals = (codes - zero_point).astype(np.float32) * grid.scale
-        bias = call.layer.quantizer_weights.get("bias")
-        bias = np.float32(0) if bias is None else bias.numpy()
-        expected = reals * np.float32(self.gain(call.inputs[0])) >= -bias
         plus, minus = (tensor.data.reshape(-1) for tensor in select.inputs[1:])
         chosen = np.where(codes >= limit.data.reshape(-1), plus, minus)
         different = int((np.sign(chosen) != np.where(expected, 1, -1)).any(axis=0).sum())
