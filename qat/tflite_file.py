@@ -89,8 +89,8 @@ class FileModel:
 
 
 def _is_float(op: FileOperator) -> bool:
-    # LceBconv2d's float32 multipliers and biases are what CONV_2D's scales and biases are: constants
-    # of the requantization inside an operator that reads bits and writes int8.
+    # LceBconv2d's float32 multipliers and biases are what CONV_2D's scales and biases are:
+    # constants of the requantization inside an operator that reads bits and writes int8.
     read = () if op.name == larq_file.CONVOLUTION else op.inputs
     return any(tensor.dtype in _FLOATS for tensor in (*read, *op.outputs))
 

@@ -143,6 +143,7 @@ SCHEMA = {
         "operators": dict,
         "float_operators": list,
         "target": str,
+        "notes": dict,
         "io": str,
     },
     "qat_settings": dict,

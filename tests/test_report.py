@@ -42,6 +42,7 @@ REPORT = {
         "operators": {"CONV_2D": 5, "FULLY_CONNECTED": 1},
         "float_operators": [],
         "target": "litert",
+        "notes": {},
         "io": "float32",
     },
     "layers": [

@@ -13,7 +13,9 @@ from qat.export.flatbuffer import to_bytes
 from qat.export.graph import ExportError
 from qat.files import write_whole
 from qat.integers import integer_mismatches
-from qat.tflite_file import read_file
+from qat.larq_file import runs_on_larq
+from qat.tflite_file import FileError, read_file
+from qat.verify import larq
 
 TARGETS = ("litert", "lce")
 WEIGHT_STORAGES = ("size", "speed")
@@ -30,13 +32,14 @@ def export_tflite(
     """Writes the model's TFLite file; it appears whole and checked, or not at all.
 
     Before the file gets its name, its integers are read back and compared with every quantizer's,
-    and the interpreter must accept it.
+    and the interpreter must accept it: LiteRT's, or for bit-packed convolutions that of Larq
+    Compute Engine if the environment variable QAT_LCE_PYTHON names a Python that has it.
 
     Args:
         model: quantized, and calibrated or trained.
         path: of the file to write; its folder must exist.
-        target: "litert", the kernels of LiteRT and TensorFlow Lite; or "lce", those and Larq Compute
-            Engine's bit-packed convolutions for 1-bit weights and activations.
+        target: "litert", the kernels of LiteRT and TensorFlow Lite; or "lce", those and Larq
+            Compute Engine's bit-packed convolutions for 1-bit weights and activations.
         io: "float32", "int8" or "uint8" inputs and outputs.
         weight_storage: "size", the smallest container that the operator runs; or "speed", int8,
             which convolution kernels need not unpack at every invocation.
@@ -67,14 +70,29 @@ def export_tflite(
     return path
 
 
+def target_notes(model: tf_keras.Model, target: str) -> dict[str, str]:
+    """{layer: what the target's own operators could not do for it}; empty for "litert".
+
+    Raises:
+        ExportError: as `export_tflite`.
+    """
+    return convert(model, target=target).notes
+
+
 def _check(written: pathlib.Path, content: bytes, model: tf_keras.Model) -> None:
-    mismatches = integer_mismatches(model, read_file(written))
+    file = read_file(written)
+    mismatches = integer_mismatches(model, file)
     if mismatches:
         raise ExportError(
             f"the file is not the model, this is a bug in qat: {'; '.join(mismatches)}"
         )
     try:
-        Interpreter(model_content=content).allocate_tensors()
-    except (ValueError, RuntimeError) as error:
+        if not runs_on_larq(file):
+            Interpreter(model_content=content).allocate_tensors()
+        elif os.environ.get(larq.VARIABLE):
+            larq.LarqRunner(written)
+    except (FileError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ExportError(f"LiteRT refuses the file, this is a bug in qat: {reason}") from error
+        raise ExportError(
+            f"the interpreter refuses the file, this is a bug in qat: {reason}"
+        ) from error

@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import struct
 import subprocess
+import tempfile
 import weakref
 
 import numpy as np
@@ -84,11 +85,12 @@ class LarqRunner(Runner):
         self.outputs = [_details(tensor) for tensor in file.outputs]
         self.batch_size = int(self.inputs[0]["shape"][0])
         threads = threads or os.cpu_count()
+        self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [require_python(), "-I", SCRIPT, self.path, str(threads), kernels],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._log,
         )
         weakref.finalize(self, _end, self._process)
         self._receive()
@@ -122,7 +124,10 @@ class LarqRunner(Runner):
         with np.load(io.BytesIO(self._process.stdout.read(length))) as arrays:
             answer = dict(arrays)
         if "error" in answer:
-            reason = " ".join(str(answer["error"]).split())[:300]
+            self._log.seek(0)
+            # TensorFlow Lite writes the cause, the exception only says where it was noticed.
+            causes = [line for line in self._log.read().decode().splitlines() if "ERROR" in line]
+            reason = " ".join((causes or [str(answer["error"])])[0].split())[:300]
             raise FileError(f"{self.path}: Larq's interpreter refuses it: {reason}")
         return answer
 

@@ -1,5 +1,6 @@
-"""Runs a file on Larq Compute Engine's interpreter, in a Python of its own: `script FILE THREADS KERNELS`.
+"""Runs a file on Larq Compute Engine's interpreter, in a Python of its own.
 
+`python larq_script.py FILE THREADS KERNELS`, kernels as `qat.verify.larq.LarqRunner` has them.
 Needs larq-compute-engine and NumPy, no TensorFlow. Messages on stdin and stdout are eight bytes of
 length and an .npz: the inputs and how often to run them; then the outputs and the median seconds,
 or `error`. The first message is an answer of no outputs: the file has been loaded.
