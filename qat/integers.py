@@ -17,6 +17,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
     QuantizeWrapper,
 )
 
+from qat import larq_file
 from qat.canonical import Call, calls, consumers, functional
 from qat.integer_kernels import (
     as_read,
@@ -102,6 +103,8 @@ class _Comparison:
             and tensor.dtype != "uint8"
         ]
         expected = f"scale {float(grid.scale):.6g}, zero point {int(grid.zero_point)}"
+        if not named and any(tensor.name == f"{base}/sign/bits" for tensor in self.file.tensors):
+            return []  # bits have no grid; `sign_mismatches` looks at them
         if not named:
             return [f"{layer.name}: no tensor named {base!r} has a scale; expected {expected}"]
         return [
@@ -118,7 +121,8 @@ class _Comparison:
         reasons = []
         for op in self.operators:
             kernel = next((t for t in op.inputs if pattern.fullmatch(t.name)), None)
-            if kernel is None or kernel.name in self.taken:
+            # LceBconv2d's words are compared where they have been read as bits.
+            if kernel is None or kernel.dtype == "int32" or kernel.name in self.taken:
                 continue
             reason = self.operator_mismatch(call, kernel, op)
             if reason is None:
@@ -152,6 +156,8 @@ class _Comparison:
         step = most / read * per_channel(layer, codes, scale) * np.abs(multiplier)
         step = step * self.gain(call.inputs[0])
         bias = self.bias(layer, multiplier, offset)
+        if kernel.dtype == larq_file.BIT:
+            return larq_file.convolution_mismatch(op, step, bias)
         packed = kernel.dtype in ("int2", "int4") and op.name != "FULLY_CONNECTED"
         early = packed and self.is_positive(call)
         return scale_or_bias_mismatch(kernel, op, step, bias, early=early)
@@ -161,10 +167,18 @@ class _Comparison:
         name = f"{call.layer.name.removesuffix('_fake_quantize')}/sign"
         compared = self.operator_reading(f"{name}/threshold")
         source = self.source(call.inputs[0])
-        if compared is None or source is None:
-            return [f"{name}/threshold is missing from the file"]
+        if source is None:
+            return [f"{name} is taken of no grid"]
         with tf.device("/CPU:0"):
             grid = source.quantizer.grid(source.quantizer_weights).numpy()
+        codes = np.arange(grid.qmin, grid.qmax + 1)[:, None]
+        reals = (codes - grid.zero_point).astype(np.float32) * grid.scale
+        bias = call.layer.quantizer_weights.get("bias")
+        bias = np.float32(0) if bias is None else bias.numpy()
+        expected = reals * np.float32(self.gain(call.inputs[0])) >= -bias
+        if compared is None:
+            reason = larq_file.sign_mismatch(self.file, f"{name}/bits", grid, expected)
+            return [] if reason is None else [reason]
         x, limit = compared.inputs
         select = next(op for op in self.file.operators if compared.outputs[0] in op.inputs)
         (zero_point,) = x.zero_point
@@ -172,11 +186,6 @@ class _Comparison:
         same = limit.scale[0] == step and limit.zero_point[0] == zero_point == grid.zero_point
         if not (same and 2.0**-8 <= step < 1.0):  # finer, the kernel takes neighbours for equal
             return [f"{limit.name}: compared on another grid, or on one of inexact steps"]
-        codes = np.arange(grid.qmin, grid.qmax + 1)[:, None]
-        reals = (codes - zero_point).astype(np.float32) * grid.scale
-        bias = call.layer.quantizer_weights.get("bias")
-        bias = np.float32(0) if bias is None else bias.numpy()
-        expected = reals * np.float32(self.gain(call.inputs[0])) >= -bias
         plus, minus = (tensor.data.reshape(-1) for tensor in select.inputs[1:])
         chosen = np.where(codes >= limit.data.reshape(-1), plus, minus)
         different = int((np.sign(chosen) != np.where(expected, 1, -1)).any(axis=0).sum())

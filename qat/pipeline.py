@@ -21,7 +21,7 @@ from qat.apply import quantize_model
 from qat.errors import UserError
 from qat.export.micro import arena_bytes, require_tflite_micro
 from qat.export.target import find_target
-from qat.export.tflite import export_tflite
+from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
 from qat.output import clear, drop_checkpoints, output_folder
@@ -30,6 +30,7 @@ from qat.recommended import train_quantized
 from qat.report import write_reports
 from qat.saving import load_quantized_model, load_recipe_of, save_model
 from qat.settings import TrainSettings, recommended
+from qat.verify import larq
 from qat.verify.compare import Verification, verify_tflite
 
 PIXEL_RANGE = (0.0, 255.0)
@@ -88,6 +89,8 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError(f"--io={job.io} holds 8 bits; recipe {job.recipe.name} needs --io=float32")
     if find_target(job.target).arena:
         require_tflite_micro()
+    if job.target == "lce":
+        larq.require_python()  # before training, not after it
     with output_folder(job.output_dir), job.strategy.scope():
         prepared = _Run(job)
         if not job.resume:
@@ -250,6 +253,7 @@ class _Run:
                 "float_operators": found.float_operators,
                 "target": job.target,
                 "arena_bytes": arena,
+                "notes": target_notes(self.qat_model, job.target),
                 "io": job.io,
             },
             # Of a training that an earlier process finished only its model is known.

@@ -10,6 +10,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
+from qat import larq_file
 from qat.errors import QatError
 
 _TYPE_NAMES = {v: k.lower() for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
@@ -25,7 +26,10 @@ class FileError(QatError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileTensor:
-    """A tensor as the file states it; `bytes` is the size of its constant data, or 0."""
+    """A tensor as the file states it; `bytes` is the size of its constant data, or 0.
+
+    The kernel of an LceBconv2d is of dtype "bit": ±1 in OHWI, whatever the words that hold it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -102,13 +106,16 @@ class FileModel:
 
 
 def _is_float(op: FileOperator) -> bool:
-    return any(tensor.dtype in _FLOATS for tensor in (*op.inputs, *op.outputs))
+    # LceBconv2d's float32 multipliers and biases are what CONV_2D's scales and biases are:
+    # constants of the requantization inside an operator that reads bits and writes int8.
+    read = () if op.name == larq_file.CONVOLUTION else op.inputs
+    return any(tensor.dtype in _FLOATS for tensor in (*read, *op.outputs))
 
 
 def _kernel_and_bias(op: FileOperator) -> tuple[FileTensor, ...]:
     if op.name == "TRANSPOSE_CONV":
         return op.inputs[1:2] + op.inputs[3:]  # the first is its output's shape
-    kernels = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+    kernels = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", larq_file.CONVOLUTION)
     return op.inputs[1:] if op.name in kernels else ()
 
 
@@ -148,17 +155,17 @@ def _file_model(model: schema.ModelT) -> FileModel:
     operators = []
     for op in graph.operators:
         code = model.operatorCodes[op.opcodeIndex]
-        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        name = _OPERATORS[max(code.builtinCode, code.deprecatedBuiltinCode)]
         operators.append(
             FileOperator(
-                name=_OPERATORS[builtin],
+                name=code.customCode.decode() if name == "CUSTOM" else name,
                 inputs=tuple(tensors[i] for i in op.inputs if i >= 0),
                 outputs=tuple(tensors[i] for i in op.outputs),
             )
         )
     return FileModel(
         tensors=tensors,
-        operators=tuple(operators),
+        operators=tuple(larq_file.seen_as_bits(op, operators) for op in operators),
         inputs=tuple(tensors[i] for i in graph.inputs),
         outputs=tuple(tensors[i] for i in graph.outputs),
     )

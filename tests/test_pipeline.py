@@ -144,6 +144,7 @@ SCHEMA = {
         "float_operators": list,
         "target": str,
         "arena_bytes": type(None),
+        "notes": dict,
         "io": str,
     },
     "qat_settings": dict,

@@ -43,6 +43,7 @@ REPORT = {
         "float_operators": [],
         "target": "litert",
         "arena_bytes": None,
+        "notes": {},
         "io": "float32",
     },
     "layers": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -83,7 +84,7 @@ class Builder:
         return on_grid(self.name(name), tuple(shape), grid)
 
     def operator(
-        self, name: str, version: int, inputs: list[Tensor], output: Tensor, options=None
+        self, name: str, version: int, inputs: list[Tensor | None], output: Tensor, options=None
     ) -> Tensor:
         self.graph.operators.append(
             Operator(name=name, version=version, inputs=inputs, outputs=[output], options=options)
@@ -174,6 +175,10 @@ class Builder:
         output = self.activation(name, value.shape, grid)
         self.operator("SELECT_V2", 1, [is_positive, plus, minus], output, schema.SelectV2OptionsT())
         return Stored(output, grid)
+
+    def packed_convolution(self, linear: Any, name: str, grid: Grid) -> Stored | None:
+        """The convolution in a bit-packed operator of the target's own, if it has one."""
+        return None
 
     def _comparable(self, value: Stored, name: str) -> Stored:
         """The same codes in steps of 1/128 to 1, between which GREATER_EQUAL tells all codes apart.

@@ -18,6 +18,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
+from qat.export import larq
 from qat.export.builder import Builder, Stored
 from qat.export.freeze import (
     FrozenKernel,
@@ -31,7 +32,7 @@ from qat.export.lower_linear import lower_affine, lower_linear, variable
 from qat.export.lower_reactnet import lower_shift, sign_thresholds
 from qat.export.lower_shape import LOWERINGS, TAKES_PENDING
 from qat.export.pending import Linear, Pending
-from qat.export.target import LITERT, Target
+from qat.export.target import LCE, LITERT, Target
 from qat.grid import Grid
 from qat.layers import FakeQuantize
 from qat.reactnet import LearnedShift
@@ -60,8 +61,10 @@ def convert(
     Raises:
         ExportError: a layer without operator, a tensor without grid, NaN weights.
     """
-    builder = Builder(weight_storage=weight_storage, target=target)
-    return _Converter(functional(model), io, builder).run()
+    make = larq.LarqBuilder if target is LCE else Builder
+    builder = make(weight_storage=weight_storage, target=target)
+    graph = _Converter(functional(model), io, builder).run()
+    return larq.finish(graph) if target is LCE else graph
 
 
 class _Converter:
@@ -253,7 +256,7 @@ def _require_closed(graph: Graph, io: str) -> None:
     known = {id(tensor) for tensor in graph.inputs}
     for operator in graph.operators:
         for tensor in operator.inputs:
-            if tensor.data is None and id(tensor) not in known:
+            if tensor is not None and tensor.data is None and id(tensor) not in known:
                 raise ExportError(
                     f"{operator.name} reads the float tensor {tensor.name!r}, which --io={io} "
                     "removes; use --io=float32"

@@ -81,9 +81,11 @@ class _Writer:
     def operator(self, operator: Operator) -> schema.OperatorT:
         made = schema.OperatorT()
         made.opcodeIndex = self.operator_code(operator)
-        made.inputs = [self.index[id(tensor)] for tensor in operator.inputs]
+        made.inputs = [-1 if t is None else self.index[id(t)] for t in operator.inputs]
         made.outputs = [self.index[id(tensor)] for tensor in operator.outputs]
-        if operator.options is not None:
+        if isinstance(operator.options, bytes):
+            made.customOptions = np.frombuffer(operator.options, np.uint8)
+        elif operator.options is not None:
             made.builtinOptions = operator.options
             kind = type(operator.options).__name__.removesuffix("T")
             made.builtinOptionsType = getattr(schema.BuiltinOptions, kind)
@@ -93,7 +95,10 @@ class _Writer:
         key = operator.name, operator.version
         if key not in self.code_index:
             code = schema.OperatorCodeT()
-            code.builtinCode = getattr(schema.BuiltinOperator, operator.name)
+            if isinstance(operator.options, bytes):
+                code.builtinCode, code.customCode = schema.BuiltinOperator.CUSTOM, operator.name
+            else:
+                code.builtinCode = getattr(schema.BuiltinOperator, operator.name)
             code.deprecatedBuiltinCode = min(code.builtinCode, _PLACEHOLDER_BUILTIN)
             code.version = operator.version
             self.code_index[key] = len(self.operator_codes)

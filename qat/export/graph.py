@@ -39,11 +39,14 @@ class Tensor:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Operator:
-    """One builtin operator: its name in the schema, its version, its options object or None."""
+    """One operator: its name in the schema, its version, its options object or None.
+
+    The options of a custom operator are bytes, even if empty; an input left out is None.
+    """
 
     name: str
     version: int
-    inputs: list[Tensor]
+    inputs: list[Tensor | None]
     outputs: list[Tensor]
     options: Any = None
 
@@ -53,18 +56,20 @@ class Graph:
     """Operators in execution order, with the tensors that enter and leave.
 
     `origins` has the file's tensor for the id of each Keras tensor that exists in the file.
+    `notes` says of a layer, by its name, what the target could not do for it.
     """
 
     inputs: list[Tensor] = dataclasses.field(default_factory=list)
     outputs: list[Tensor] = dataclasses.field(default_factory=list)
     operators: list[Operator] = dataclasses.field(default_factory=list)
     origins: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once, in order of first use."""
         used = [*self.inputs]
         for operator in self.operators:
-            used += [*operator.inputs, *operator.outputs]
+            used += [t for t in operator.inputs if t is not None] + operator.outputs
         return list(dict.fromkeys([*used, *self.outputs]))
 
 

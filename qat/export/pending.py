@@ -173,6 +173,10 @@ class Linear(Pending):
         return stored
 
     def _integer(self, builder, name, grid):
+        stored = builder.packed_convolution(self, name, grid)
+        return self._in_bytes(builder, name, grid) if stored is None else stored
+
+    def _in_bytes(self, builder, name, grid):
         x_scale = np.float64(self.x.tensor.scale[0])
         container = kernel_container(
             self.kernel,

@@ -49,7 +49,13 @@ TFLM = Target(
     unpacks=False,
     arena=True,
 )
-TARGETS = {target.name: target for target in (LITERT, TFLM)}
+# The TensorFlow Lite 2.16 in Larq Compute Engine 0.16 knows no INT2, and no dense INT4 kernels.
+LCE = Target(
+    name="lce",
+    reads={("int8", "CONV_2D"): ("int4",), ("int8", "DEPTHWISE_CONV_2D"): ("int4",)},
+    unpacks=False,
+)
+TARGETS = {target.name: target for target in (LITERT, TFLM, LCE)}
 
 
 def find_target(name: str) -> Target:

@@ -17,6 +17,7 @@ from qat.export.micro import micro_check
 from qat.export.target import find_target
 from qat.files import write_together
 from qat.integers import integer_mismatches
+from qat.larq_file import runs_on_larq
 from qat.tflite_file import read_file
 
 
@@ -31,13 +32,17 @@ def export_tflite(
     """Writes the model's TFLite file; it appears whole and checked, or not at all.
 
     Before the file gets its name, its integers are read back and compared with every quantizer's,
-    and the interpreter must accept it. For target "tflm", tflite-micro must run it too and compute
-    what LiteRT's reference kernels do, bit for bit; C++ sources (.cc, .h) appear beside it.
+    and the interpreter must accept it. LiteRT's knows no bit-packed convolutions: files with them
+    are run by `verify_tflite`, through Larq's interpreter. For target "tflm", tflite-micro must run
+    it too and compute what LiteRT's reference kernels do, bit for bit; C++ sources (.cc, .h) appear
+    beside it.
 
     Args:
         model: quantized, and calibrated or trained.
         path: of the file to write; its folder must exist.
-        target: "litert", the kernels of LiteRT and TensorFlow Lite, or "tflm", tflite-micro's.
+        target: "litert", the kernels of LiteRT and TensorFlow Lite; "tflm", tflite-micro's; or
+            "lce", LiteRT's and Larq Compute Engine's bit-packed convolutions for 1-bit weights and
+            activations.
         io: "float32", "int8" or "uint8" inputs and outputs.
         weight_storage: "size", the fewest bytes: INT2 up to 2 bits, INT4 up to 4; or "speed", int8
             for convolutions, which else unpack their kernels at every invocation, and INT4 for
@@ -69,12 +74,24 @@ def export_tflite(
     return path
 
 
+def target_notes(model: tf_keras.Model, target: str) -> dict[str, str]:
+    """{layer: what the target's own operators could not do for it}; empty for "litert".
+
+    Raises:
+        ExportError: as `export_tflite`.
+    """
+    return convert(model, target=find_target(target)).notes
+
+
 def _check(written: pathlib.Path, content: bytes, model: tf_keras.Model) -> None:
-    mismatches = integer_mismatches(model, read_file(written))
+    file = read_file(written)
+    mismatches = integer_mismatches(model, file)
     if mismatches:
         raise ExportError(
             f"the file is not the model, this is a bug in qat: {'; '.join(mismatches)}"
         )
+    if runs_on_larq(file):
+        return
     try:
         Interpreter(model_content=content).allocate_tensors()
     except (ValueError, RuntimeError) as error:

@@ -6,6 +6,8 @@ Example:
 
 from __future__ import annotations
 
+import os
+
 from absl import flags
 
 from qat.programs import program
@@ -17,7 +19,7 @@ def define_flags() -> None:
     """Declares the program's flags."""
     flags.DEFINE_string("qat_model", None, "qat_model.keras, as qat-train writes it.")
     flags.DEFINE_string("output", None, "The .tflite file to write.")
-    flags.DEFINE_enum("target", "litert", ["litert", "tflm"], "Kernels that will run the file.")
+    flags.DEFINE_enum("target", "litert", ["litert", "tflm", "lce"], "Kernels that will run it.")
     flags.DEFINE_enum("io", "float32", ["float32", "int8", "uint8"], "Inputs and outputs.")
     flags.DEFINE_enum("weight_storage", "size", ["size", "speed"], "Smallest, or int8 for speed.")
     flags.mark_flags_as_required(["qat_model", "output"])
@@ -27,9 +29,11 @@ def main() -> None:
     """Loads the model, writes the file, prints what it holds."""
     from qat.export.micro import arena_bytes
     from qat.export.target import find_target
-    from qat.export.tflite import export_tflite
+    from qat.export.tflite import export_tflite, target_notes
+    from qat.larq_file import runs_on_larq
     from qat.saving import load_quantized_model
     from qat.tflite_file import read_file
+    from qat.verify import larq
 
     model = load_quantized_model(FLAGS.qat_model)
     path = export_tflite(
@@ -41,6 +45,12 @@ def main() -> None:
     )
     file = read_file(path)
     operators = ", ".join(f"{name} x {n}" for name, n in file.operator_counts().items())
+    for layer, note in target_notes(model, FLAGS.target).items():
+        print(f"{layer}: {note}")
+    if larq.VARIABLE in os.environ:
+        larq.open_runner(path)
+    elif runs_on_larq(file):
+        print(f"not loaded by Larq's interpreter; to check that: {larq.ENVIRONMENT}")
     print(f"{path}: {path.stat().st_size} bytes, weights {file.weight_bytes()}; {operators}")
     if find_target(FLAGS.target).arena:
         print(f"arena of tflite-micro: {arena_bytes(path)} bytes, also in {path.with_suffix('.h')}")

@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not exactly as it should be.")
     flags.DEFINE_enum("distribution", "none", ["none", "mirrored", "multi_worker"], "Devices.")
     flags.DEFINE_enum("mixed_precision", "float32", ["float32"], "Type of the computation.")
-    flags.DEFINE_enum("target", "litert", ["litert", "tflm"], "Kernels that will run the file.")
+    flags.DEFINE_enum("target", "litert", ["litert", "tflm", "lce"], "Kernels that will run it.")
     flags.DEFINE_enum("io", "float32", ["float32", "int8", "uint8"], "Inputs and outputs.")
     flags.DEFINE_enum("weight_storage", "size", ["size", "speed"], "Smallest, or int8 for speed.")
     integer("checkpoint_steps", None, "Also between epochs, every so many.", lower_bound=1)

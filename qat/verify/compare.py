@@ -12,7 +12,8 @@ import tf_keras
 from qat.errors import QatError
 from qat.integers import integer_mismatches
 from qat.tflite_file import FileError, FileModel, read_file
-from qat.verify.interpreter import Codes, Runner
+from qat.verify.interpreter import Codes
+from qat.verify.larq import open_runner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,10 @@ def verify_tflite(
 
     Raises:
         FileError: the file cannot be read or run, or does not fit the data or the model.
+        UserError: a file of target lce, and no Python with Larq's interpreter.
         ValueError: an empty dataset.
     """
-    file, runner = read_file(path), Runner(path)
+    file, runner = read_file(path), open_runner(path)
     mismatches = integer_mismatches(model, file)
     predict = tf.function(lambda x: model(x, training=False))
     from_file, from_model, labels = [], [], []

@@ -12,6 +12,7 @@ import tensorflow as tf
 from qat import data as qat_data
 from qat.tflite_file import FileError, read_file
 from qat.verify.interpreter import Runner
+from qat.verify.larq import open_runner
 
 BATCH_SIZE = 64
 MAX_PIXELS = 2**24  # of a batch
@@ -36,9 +37,10 @@ def evaluate_tflite(
 
     Raises:
         FileError: the file cannot be read or run, or is no image classifier.
+        UserError: a file of target lce, and no Python with Larq's interpreter.
         DataError: the dataset cannot be had, or does not fit the file.
     """
-    file, runner = read_file(path), Runner(path, threads=threads)
+    file, runner = read_file(path), open_runner(path, threads=threads)
     shape = tuple(int(n) for n in runner.inputs[0]["shape"])
     if len(runner.inputs) != 1 or len(runner.outputs) != 1 or len(shape) != 4 or 0 in shape:
         raise FileError(f"{path} is no image classifier: need one image input and one output")
