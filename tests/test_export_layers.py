@@ -289,8 +289,10 @@ def drift_of(file: FileModel, tensor: FileTensor) -> tuple[float, float]:
     x = operator.inputs[2 if operator.name == "TRANSPOSE_CONV" else 0]
     ratio = float((x.scale * kernel.scale).max() / tensor_scale(operator.outputs[0]))
     size, share = drift_of(file, x)
-    passed = ratio * float(np.abs(kernel.data).max())
-    taps = kernel.data.size // len(kernel.scale)
+    stored = file.unpacked_constants().get(kernel.name, kernel)
+    finer = float(stored.scale.max() / kernel.scale.max())
+    passed = ratio * finer * float(np.abs(stored.data).max())
+    taps = stored.data.size // len(kernel.scale)
     own = 0.5 * ratio + min(ratio, 0.5) + (0.5 if x.dtype == "int16" else 0.0)
     return own + 2 * math.ceil(size) * passed, own + share * taps * passed
 
