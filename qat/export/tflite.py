@@ -14,7 +14,7 @@ from qat.export.convert import IO_TYPES, convert
 from qat.export.flatbuffer import to_bytes
 from qat.export.graph import ExportError
 from qat.export.micro import micro_check
-from qat.export.target import find_target
+from qat.export.target import LCE, find_target
 from qat.files import write_together
 from qat.integers import integer_mismatches
 from qat.larq_file import runs_on_larq
@@ -75,12 +75,13 @@ def export_tflite(
 
 
 def target_notes(model: tf_keras.Model, target: str) -> dict[str, str]:
-    """{layer: what the target's own operators could not do for it}; empty for "litert".
+    """{layer: what the target's own operators could not do for it}; only "lce" has any.
 
     Raises:
         ExportError: as `export_tflite`.
     """
-    return convert(model, target=find_target(target)).notes
+    kernels = find_target(target)
+    return convert(model, target=kernels).notes if kernels is LCE else {}
 
 
 def _check(written: pathlib.Path, content: bytes, model: tf_keras.Model) -> None:
