@@ -109,6 +109,11 @@ class ImageData:
     splits: dict[str, _Split]
 
     @property
+    def name(self) -> str:
+        """The dataset's, with its version."""
+        return self.spec.name
+
+    @property
     def steps_per_epoch(self) -> int:
         """The number of training batches in an epoch, at least 1."""
         return max(1, self.splits["train"].count // self.batch_size)

@@ -8,7 +8,7 @@ import pathlib
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 import tf_keras
@@ -24,6 +24,7 @@ from qat.export.target import find_target
 from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
+from qat.objective import Objective
 from qat.output import clear, drop_checkpoints, output_folder
 from qat.recipe import Recipe
 from qat.recommended import train_quantized
@@ -36,24 +37,26 @@ from qat.verify.compare import Verification, verify_tflite
 PIXEL_RANGE = (0.0, 255.0)
 
 
+class EvaluatedData(train.TrainingData, Protocol):
+    """Training data with a test part."""
+
+    name: str  # for the report
+    test: tf.data.Dataset
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of the training program; see `qat-train --help` for the meaning of each field.
+class QatJob:
+    """What every program that quantizes is told; see `qat-train --help` for each field's meaning.
 
     settings: of the quantized training; None = `qat.settings.recommended(recipe)`. qat_epochs,
     qat_learning_rate and distill override them.
     """
 
-    dataset: str
-    model: str
     recipe: Recipe
     output_dir: pathlib.Path
     data_dir: str | None = None
-    float_model: str | None = None
-    float_epochs: int | None = None
     qat_epochs: int | None = None
     batch_size: int = 64
-    learning_rate: float = train.LEARNING_RATE
     qat_learning_rate: float | None = None
     seed: int = 0
     resume: bool = False
@@ -74,6 +77,17 @@ class Job:
         return dataclasses.replace(self.settings or recommended(self.recipe), **given)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(QatJob):
+    """One run of the training program."""
+
+    dataset: str
+    model: str
+    float_model: str | None = None
+    float_epochs: int | None = None
+    learning_rate: float = train.LEARNING_RATE
+
+
 def run(job: Job) -> dict[str, Any]:
     """Runs the job and writes its output folder.
 
@@ -85,6 +99,11 @@ def run(job: Job) -> dict[str, Any]:
     """
     if job.float_model is None and job.model not in models.MODELS:
         raise UserError(f"unknown model {job.model!r}; legal: {', '.join(models.MODELS)}")
+    return run_in_folder(job, TrainRun)
+
+
+def run_in_folder(job: QatJob, kind: type[QatRun]) -> dict[str, Any]:
+    """Runs a job of this kind if its options go together; see `run`."""
     if job.io != "float32" and _has_bits(job.recipe, 16):
         raise UserError(f"--io={job.io} holds 8 bits; recipe {job.recipe.name} needs --io=float32")
     if find_target(job.target).arena:
@@ -92,27 +111,39 @@ def run(job: Job) -> dict[str, Any]:
     if job.target == "lce":
         larq.require_python()  # before training, not after it
     with output_folder(job.output_dir), job.strategy.scope():
-        prepared = _Run(job)
+        prepared = kind(job)
         if not job.resume:
             clear(job.output_dir)
         return prepared.run()
 
 
-class _Run:
-    """A job whose data, float model and recipe have been found to fit each other."""
+class QatRun:
+    """A job whose data, float model and recipe have been found to fit each other.
 
-    def __init__(self, job: Job):
+    Subclasses say where data and float model come from.
+    """
+
+    model: str  # for the report
+    data: EvaluatedData
+    input_range: tuple[float, float] | None
+    objective: Objective | None = None
+
+    def __init__(self, job: QatJob):
         tf_keras.utils.set_random_seed(job.seed)
         self.job = job
         self.seconds = {"float_training": 0.0, "qat_training": 0.0}
         self.resumed_at_step = 0
-        self.data = qat_data.load(
-            job.dataset, data_dir=job.data_dir, batch_size=job.batch_size, seed=job.seed
-        )
-        self.float_model, self.float_is_trained = self.first_float_model()
+        self.prepare()
         # Before hours of float training, not after them.
         self.qat_model = self.finished_qat_model() or self.quantized()
         self.qat_is_trained = self.finished_qat_model() is not None
+
+    def prepare(self) -> None:
+        """Sets `model`, `data`, `input_range` and `float_model`."""
+        raise NotImplementedError
+
+    def train_float_model(self) -> None:
+        """Trains the float model, where that is part of the job."""
 
     def run(self) -> dict[str, Any]:
         job = self.job
@@ -129,10 +160,139 @@ class _Run:
             arena = arena_bytes(path) if find_target(job.target).arena else None
         with self.timed("verify"):
             found = verify_tflite(path, self.qat_model, self.data.test)
-        report = self.report(found, arena)
+        report = self.report(found, arena) | self.more(path)
         write_reports(job.output_dir, report)
         drop_checkpoints(job.output_dir)
         return report
+
+    def quantized(self) -> tf_keras.Model:
+        return quantize_model(self.float_model, self.job.recipe, input_range=self.input_range)
+
+    def more(self, path: pathlib.Path) -> dict[str, Any]:
+        """What this kind of job adds to the report."""
+        return {}
+
+    def finished_qat_model(self) -> tf_keras.Model | None:
+        """The quantized model of the run that is resumed, if it got that far."""
+        job, path = self.job, self.job.output_dir / "qat_model.keras"
+        if not (job.resume and path.exists()):
+            return None
+        if load_recipe_of(path) != job.recipe:
+            raise UserError(
+                f"--resume: {path} was made with recipe {load_recipe_of(path).name!r}, not "
+                f"{job.recipe.name!r}; use another --output_dir"
+            )
+        return load_quantized_model(path)
+
+    def train_qat_model(self) -> None:
+        if self.qat_is_trained:
+            return
+        job, data = self.job, self.data
+        settings, epochs = self.settings(), self.qat_epochs()
+        print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
+        with self.training("qat", epochs):
+            start = train_quantized(
+                self.qat_model,
+                self.float_model,
+                data,
+                settings,
+                epochs=epochs,
+                weight_storage=job.weight_storage,
+                target=job.target,
+                **self.options("qat", self.qat_model),
+            )
+        self.resumed_at_step = max(self.resumed_at_step, start)
+        save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
+        write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
+
+    def settings(self) -> TrainSettings:
+        """Of the quantized training."""
+        return self.job.qat_settings()
+
+    def qat_epochs(self) -> int:
+        """Of the quantized training."""
+        if self.job.qat_epochs is not None:
+            return self.job.qat_epochs
+        return self.settings().epochs(self.data.steps_per_epoch)
+
+    def options(self, phase: str, model: tf_keras.Model) -> dict[str, Any]:
+        """What the configs of both trainings share."""
+        job = self.job
+        return {
+            "from_logits": not train.ends_in_softmax(model),
+            "objective": self.objective,
+            "jit_compile": job.jit_compile,
+            "checkpoint_dir": job.output_dir / "checkpoints" / phase,
+            "checkpoint_steps": job.checkpoint_steps,
+            "resume": job.resume,
+            "log_dir": job.output_dir / "tensorboard" / phase,
+            "profile_steps": job.profile_steps,
+        }
+
+    def training(self, phase: str, epochs: int) -> AbstractContextManager[None]:
+        """Says what begins and takes its time."""
+        print(f"{phase} training: {epochs} epochs of {self.data.steps_per_epoch} steps", flush=True)
+        return self.timed(f"{phase}_training")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 3)
+
+    def report(self, found: Verification, arena: int | None) -> dict[str, Any]:
+        job, data = self.job, self.data
+        float_bytes = 4 * sum(int(tf.size(weight)) for weight in self.float_model.weights)
+        classifies = found.accuracy is not None
+        return {
+            "recipe": job.recipe.name,
+            "model": self.model,
+            "dataset": data.name,
+            "seed": job.seed,
+            "num_eval_examples": found.num_examples,
+            "accuracy": {
+                "float": _accuracy(self.float_model, data.test) if classifies else None,
+                "qat": found.model_accuracy,
+                "tflite": found.accuracy,
+            },
+            "agreement": found.agreement,
+            "output_snr_db": found.output_snr_db,
+            "integers_match": found.integers_match,
+            "max_output_difference_lsb": found.max_output_difference_lsb,
+            "resumed_at_step": self.resumed_at_step,
+            "tflite": {
+                "path": "model.tflite",
+                "bytes": found.bytes,
+                "float_model_bytes": float_bytes,
+                "weight_bytes": found.weight_bytes,
+                "float_weight_bytes": found.float_weight_bytes,
+                "operators": found.operators,
+                "float_operators": found.float_operators,
+                "target": job.target,
+                "arena_bytes": arena,
+                "notes": target_notes(self.qat_model, job.target),
+                "io": job.io,
+            },
+            # Of a training that an earlier process finished only its model is known.
+            "qat_settings": None if self.qat_is_trained else self.settings().to_dict(),
+            "layers": [dataclasses.asdict(row) for row in quantization_report(self.qat_model)],
+            "seconds": self.seconds,
+        }
+
+
+class TrainRun(QatRun):
+    """A run of `Job`."""
+
+    job: Job
+    input_range = PIXEL_RANGE
+
+    def prepare(self) -> None:
+        job = self.job
+        self.data = qat_data.load(
+            job.dataset, data_dir=job.data_dir, batch_size=job.batch_size, seed=job.seed
+        )
+        self.float_model, self.float_is_trained = self.first_float_model()
+        self.model = job.model if job.float_model is None else job.float_model
 
     def first_float_model(self) -> tuple[tf_keras.Model, bool]:
         """(given, found from the run that is resumed, or untrained; whether it is trained)."""
@@ -161,106 +321,6 @@ class _Run:
             self.resumed_at_step = train.fit(self.float_model, self.data, config)
         save_float_model(self.float_model, job.output_dir / "float_model.keras")
         self.qat_model = self.quantized()
-
-    def quantized(self) -> tf_keras.Model:
-        return quantize_model(self.float_model, self.job.recipe, input_range=PIXEL_RANGE)
-
-    def finished_qat_model(self) -> tf_keras.Model | None:
-        """The quantized model of the run that is resumed, if it got that far."""
-        job, path = self.job, self.job.output_dir / "qat_model.keras"
-        if not (job.resume and path.exists()):
-            return None
-        if load_recipe_of(path) != job.recipe:
-            raise UserError(
-                f"--resume: {path} was made with recipe {load_recipe_of(path).name!r}, not "
-                f"{job.recipe.name!r}; use another --output_dir"
-            )
-        return load_quantized_model(path)
-
-    def train_qat_model(self) -> None:
-        if self.qat_is_trained:
-            return
-        job, data = self.job, self.data
-        settings, epochs = job.qat_settings(), job.qat_epochs
-        if epochs is None:
-            epochs = settings.epochs(data.steps_per_epoch)
-        print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
-        with self.training("qat", epochs):
-            start = train_quantized(
-                self.qat_model,
-                self.float_model,
-                data,
-                settings,
-                epochs=epochs,
-                weight_storage=job.weight_storage,
-                target=job.target,
-                **self.options("qat", self.qat_model),
-            )
-        self.resumed_at_step = max(self.resumed_at_step, start)
-        save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
-        write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
-
-    def options(self, phase: str, model: tf_keras.Model) -> dict[str, Any]:
-        """What the configs of both trainings share."""
-        job = self.job
-        return {
-            "from_logits": not train.ends_in_softmax(model),
-            "jit_compile": job.jit_compile,
-            "checkpoint_dir": job.output_dir / "checkpoints" / phase,
-            "checkpoint_steps": job.checkpoint_steps,
-            "resume": job.resume,
-            "log_dir": job.output_dir / "tensorboard" / phase,
-            "profile_steps": job.profile_steps,
-        }
-
-    def training(self, phase: str, epochs: int) -> AbstractContextManager[None]:
-        """Says what begins and takes its time."""
-        print(f"{phase} training: {epochs} epochs of {self.data.steps_per_epoch} steps", flush=True)
-        return self.timed(f"{phase}_training")
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - start, 3)
-
-    def report(self, found: Verification, arena: int | None) -> dict[str, Any]:
-        job, data = self.job, self.data
-        float_bytes = 4 * sum(int(tf.size(weight)) for weight in self.float_model.weights)
-        return {
-            "recipe": job.recipe.name,
-            "model": job.model if job.float_model is None else job.float_model,
-            "dataset": data.spec.name,
-            "seed": job.seed,
-            "num_eval_examples": found.num_examples,
-            "accuracy": {
-                "float": _accuracy(self.float_model, data.test),
-                "qat": found.model_accuracy,
-                "tflite": found.accuracy,
-            },
-            "agreement": found.agreement,
-            "output_snr_db": found.output_snr_db,
-            "integers_match": found.integers_match,
-            "max_output_difference_lsb": found.max_output_difference_lsb,
-            "resumed_at_step": self.resumed_at_step,
-            "tflite": {
-                "path": "model.tflite",
-                "bytes": found.bytes,
-                "float_model_bytes": float_bytes,
-                "weight_bytes": found.weight_bytes,
-                "float_weight_bytes": found.float_weight_bytes,
-                "operators": found.operators,
-                "float_operators": found.float_operators,
-                "target": job.target,
-                "arena_bytes": arena,
-                "notes": target_notes(self.qat_model, job.target),
-                "io": job.io,
-            },
-            # Of a training that an earlier process finished only its model is known.
-            "qat_settings": None if self.qat_is_trained else job.qat_settings().to_dict(),
-            "layers": [dataclasses.asdict(row) for row in quantization_report(self.qat_model)],
-            "seconds": self.seconds,
-        }
 
 
 def _accuracy(model: tf_keras.Model, dataset: tf.data.Dataset) -> float:

@@ -34,12 +34,23 @@ def write_reports(folder: str | os.PathLike, report: dict[str, Any]) -> None:
 
 def summary(report: dict[str, Any]) -> str:
     """The report in a few lines for the terminal."""
-    accuracy, tflite = report["accuracy"], report["tflite"]
+    tflite, told = report["tflite"], []
+    for name in ("accuracy", "loss"):
+        values = report.get(name, {})
+        if values.get("tflite") is not None:
+            told.append(
+                f"{name} float {values['float']:.4f}, quantized {values['qat']:.4f}, "
+                f"file {values['tflite']:.4f}"
+            )
+    if report["agreement"] is not None:
+        told.append(f"same class {report['agreement']:.4f}")
+    else:
+        ratio = report["output_snr_db"]
+        equal = ratio is None or ratio == float("inf")
+        told.append("outputs equal" if equal else f"output {ratio:.1f} dB above its difference")
     return (
         f"{report['model']} {report['recipe']} on {report['dataset']}, seed {report['seed']}: "
-        f"accuracy float {accuracy['float']:.4f}, quantized {accuracy['qat']:.4f}, "
-        f"file {accuracy['tflite']:.4f}; same class {report['agreement']:.4f}; "
-        f"{tflite['bytes']} bytes; integers "
+        f"{'; '.join(told)}; {tflite['bytes']} bytes; integers "
         f"{'match' if report['integers_match'] else 'DIFFER'}; float operators: "
         f"{', '.join(tflite['float_operators']) or 'none'}"
     )

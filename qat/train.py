@@ -15,6 +15,7 @@ import tf_keras
 from qat import callbacks as qat_callbacks
 from qat.callbacks.distillation import ends_in_softmax
 from qat.callbacks.guards import TrainingError
+from qat.objective import Objective, classification
 from qat.optimizer import QatAdam, cosine_schedule
 from qat.reestimate import reestimate_batch_norm
 
@@ -54,6 +55,7 @@ class TrainConfig:
         weight_decay: of kernels, decoupled (AdamW); nothing else decays.
         quantizer_learning_rate: times the learning rate = that of learned steps and offsets.
         from_logits: whether the model's output needs a softmax.
+        objective: losses and metrics; None = one vector of classes, cross-entropy on labels.
         teacher: a float model to learn from (`qat.callbacks.DistillationLoss`).
         distill_temperature: of its and the model's probabilities.
         distill_weight: 1 = it replaces the labels, 0 = it counts for nothing.
@@ -82,6 +84,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     quantizer_learning_rate: float = 1.0
     from_logits: bool = True
+    objective: Objective | None = None
     teacher: tf_keras.Model | None = None
     distill_temperature: float = 1.0
     distill_weight: float = 1.0
@@ -99,6 +102,8 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self):
+        if self.teacher is not None and self.objective is not None:
+            raise TrainingError("a teacher teaches classes; leave out the objective or the teacher")
         if self.iterative_freezing and self.gradual_bits:
             raise TrainingError(
                 "iterative_freezing counts flips of integers, and gradual_bits changes these; "
@@ -119,11 +124,12 @@ def fit(
     *,
     callbacks: Sequence[tf_keras.callbacks.Callback] = (),
 ) -> int:
-    """Trains a classifier in place with Adam and a cosine schedule.
+    """Trains in place with Adam and a cosine schedule.
 
     Args:
-        model: float or quantized, by qat or by TFMOT, with one vector of classes as output. What
-            a setting does not apply to is left alone: a float model has no kernels to dampen.
+        model: float or quantized, by qat or by TFMOT, with one vector of classes as output unless
+            there is an objective. What a setting does not apply to is left alone: a float model
+            has no kernels to dampen.
         data: training stream and validation set.
         config: see `TrainConfig`.
         callbacks: Keras callbacks besides progress, TensorBoard and checkpoints; those of
@@ -185,13 +191,13 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
         weight_decay=config.weight_decay,
         quantizer_learning_rate=config.quantizer_learning_rate,
     )
-    loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=config.from_logits)
+    objective = config.objective or classification(from_logits=config.from_logits)
+    losses = objective.losses()
     if config.teacher is not None:
-        loss = qat_callbacks.DistillationLoss(
+        losses = qat_callbacks.DistillationLoss(
             config.distill_temperature, config.distill_weight, config.from_logits
         )
-    metric = tf_keras.metrics.SparseCategoricalAccuracy("accuracy")
-    model.compile(optimizer, loss, [metric], jit_compile=config.jit_compile)
+    model.compile(optimizer, losses, objective.metrics(), jit_compile=config.jit_compile)
 
 
 def _scheduled(config: TrainConfig, data: TrainingData) -> list[qat_callbacks.Scheduled]:

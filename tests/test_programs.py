@@ -19,7 +19,7 @@ from qat.settings import recommended
 
 TESTS = pathlib.Path(__file__).resolve().parent
 PROJECT = TESTS.parent
-PROGRAMS = ("train", "export", "evaluate")
+PROGRAMS = ("train", "quantize", "export", "evaluate")
 
 # What the plan of the programs promises to keep; train.py's flags are a contract with scripts.
 TRAIN_FLAGS = (
@@ -27,8 +27,15 @@ TRAIN_FLAGS = (
     "qat_learning_rate seed output_dir resume distribution mixed_precision jit_compile distill "
     "target io weight_storage strict checkpoint_steps deterministic profile_steps"
 ).split()
+QUANTIZE_FLAGS = (
+    "model_path recipe dataset data_dir calibration_data input_range qat_epochs loss "
+    "custom_objects allow_unsafe_deserialization batch_size qat_learning_rate seed output_dir "
+    "resume distribution mixed_precision jit_compile distill target io weight_storage strict "
+    "checkpoint_steps deterministic profile_steps"
+).split()
 FLAGS = {
     "train": TRAIN_FLAGS,
+    "quantize": QUANTIZE_FLAGS,
     "export": ["qat_model", "output", "target", "io", "weight_storage"],
     "evaluate": ["tflite", "dataset", "data_dir", "split", "input_range", "threads", "json"],
 }
@@ -41,7 +48,12 @@ RULES = {
 }
 
 # A wrong call that is not noticed must not train for minutes; later flags win.
-QUICK = {"train": "--model=lenet --float_epochs=0 --qat_epochs=0 ", "export": "", "evaluate": ""}
+QUICK = {
+    "train": "--model=lenet --float_epochs=0 --qat_epochs=0 ",
+    "quantize": "--output_dir=new --qat_epochs=0 ",
+    "export": "",
+    "evaluate": "",
+}
 
 # name: (arguments, what the message must name)
 TRAIN_CALLS = {
@@ -100,6 +112,46 @@ TRAIN_CALLS = {
     "wrong recipe for an old run": ("--output_dir=run --recipe=layer.json", "conv9"),
     "wrong model for an old run": ("--output_dir=run --model=alexnet", "'alexnet'"),
 }
+QUANTIZE_CALLS = {
+    "no model": ("--dataset=digits", "model_path"),
+    "model missing": ("--model_path=gone.keras --dataset=digits", "gone.keras"),
+    "model truncated": ("--model_path=short.keras --dataset=digits", "short.keras"),
+    "model is quantized": ("--model_path=qat.keras --dataset=digits", "qat.keras quantized"),
+    "model with NaN": ("--model_path=nan.keras --dataset=digits", "nan.keras NaN"),
+    "no data": ("--model_path=float.keras", "--dataset --calibration_data"),
+    "data twice": (
+        "--model_path=float.keras --dataset=digits --calibration_data=good.npz",
+        "--dataset --calibration_data",
+    ),
+    "unknown dataset": ("--model_path=float.keras --dataset=digitz", "'digitz' digits"),
+    "dataset of other classes": ("--model_path=seven.keras --dataset=digits", "7 10 digits"),
+    "arrays missing": ("--model_path=float.keras --calibration_data=gone.npz", "gone.npz"),
+    "arrays are text": ("--model_path=float.keras --calibration_data=text.txt", "text.txt"),
+    "arrays of other images": (
+        "--model_path=wide.keras --calibration_data=good.npz",
+        "good.npz (9, 8, 1) (8, 8, 1)",
+    ),
+    "unknown loss": (
+        "--model_path=float.keras --calibration_data=good.npz --loss=mistake",
+        "--loss=mistake mean_squared_error",
+    ),
+    "two losses": (
+        "--model_path=float.keras --calibration_data=good.npz --loss=mse,mae",
+        "--loss=mse,mae",
+    ),
+    "loss of other targets": (
+        "--model_path=float.keras --calibration_data=good.npz --loss=mse",
+        "mse (10,)",
+    ),
+    "loss without targets": (
+        "--model_path=float.keras --calibration_data=alone.npz --loss=mse --qat_epochs=1",
+        "alone.npz --loss=mse",
+    ),
+    "input_range turned": (
+        "--model_path=float.keras --dataset=digits --input_range=1,0",
+        "input_range 1.0 0.0",
+    ),
+}
 EXPORT_CALLS = {
     "no model": ("--output=new.tflite", "qat_model"),
     "no output": ("--qat_model=qat.keras", "output"),
@@ -139,12 +191,23 @@ RIGHT_CALLS = {
         "train",
         "--output_dir=new --float_model=float.keras --qat_epochs=0 --recipe=w2a2 --nodistill",
     ),
+    "quantize with a dataset": (
+        "quantize",
+        "--model_path=float.keras --dataset=digits --qat_epochs=0 --output_dir=new --io=uint8",
+    ),
+    "quantize with arrays": (
+        "quantize",
+        "--model_path=float.keras --calibration_data=good.npz --qat_epochs=1 --recipe=w4a8 "
+        "--output_dir=new",
+    ),
     "export": ("export", "--qat_model=qat.keras --output=new.tflite --io=uint8"),
     "evaluate": ("evaluate", "--tflite=good.tflite --split=test[:50] --json=new.json"),
 }
 WRONG_CALLS = {
     f"{program}: {name}": (program, QUICK[program] + arguments, named)
-    for program, calls in zip(PROGRAMS, (TRAIN_CALLS, EXPORT_CALLS, EVALUATE_CALLS), strict=True)
+    for program, calls in zip(
+        PROGRAMS, (TRAIN_CALLS, QUANTIZE_CALLS, EXPORT_CALLS, EVALUATE_CALLS), strict=True
+    )
     for name, (arguments, named) in calls.items()
 }
 
@@ -192,6 +255,11 @@ def work(tmp_path_factory) -> pathlib.Path:
     float_model().save(folder / "float.keras")
     float_model(shape=(9, 8, 1)).save(folder / "wide.keras")
     with_nan(float_model()).save(folder / "nan.keras")
+    float_model(num_classes=7).save(folder / "seven.keras")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(folder / "good.npz", x=images, y=rng.integers(0, 10, 40))
+    np.savez(folder / "alone.npz", x=images)
     quantized = quantized_model()
     qat.save_model(quantized, folder / "qat.keras", recipe=recipe)
     qat.export_tflite(quantized, folder / "good.tflite")
@@ -307,6 +375,16 @@ def test_train_leaves_a_whole_output_folder(results):
         "report.md",
     }
     assert "lenet w4a8 on digits/1.0.0" in result["stdout"]
+
+
+@pytest.mark.parametrize("call", ("quantize with a dataset", "quantize with arrays"))
+def test_quantize_leaves_a_whole_output_folder(call, results):
+    result = results[call]
+    assert result["code"] == 0, result["stderr"]
+    names = {pathlib.PurePath(path).name for path in result["changes"]}
+    assert {"qat_model.keras", "model.tflite", "recipe.json", "report.json", "report.md"} <= names
+    assert "float_model.keras" not in names
+    assert "float.keras w" in result["stdout"] and "integers match" in result["stdout"]
 
 
 def test_train_on_a_given_model_writes_no_other_float_model(results):

@@ -44,7 +44,7 @@ def main() -> None:
         FLAGS.dataset,
         split=FLAGS.split,
         data_dir=FLAGS.data_dir,
-        input_range=_range(FLAGS.input_range),
+        input_range=parse_range(FLAGS.input_range),
         threads=FLAGS.threads,
     )
     text = to_json(result)
@@ -53,7 +53,8 @@ def main() -> None:
     print(text.decode(), end="")
 
 
-def _range(given: list[str]) -> tuple[float, float]:
+def parse_range(given: list[str]) -> tuple[float, float]:
+    """lo,hi of --input_range. Raises UserError."""
     try:
         low, high = (float(part) for part in given)
     except ValueError:

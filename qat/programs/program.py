@@ -25,7 +25,8 @@ def run(main: Callable[[], int | None], description: str) -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         if any(arg in ("--help", "-h", "-help") for arg in argv[1:]):
-            print(f"{description}\n{flags.FLAGS.module_help(main.__module__)}")
+            own = [module for module in flags.FLAGS.flags_by_module_dict() if _is_ours(module)]
+            print("\n".join([description, *map(flags.FLAGS.module_help, sorted(own))]))
             sys.exit(0)
         try:
             rest = flags.FLAGS(argv)
@@ -45,6 +46,10 @@ def run(main: Callable[[], int | None], description: str) -> None:
             _exit_with(f"{error.filename or 'file system'}: {error.strerror or error}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _is_ours(module: str) -> bool:
+    return module.startswith("qat.")
 
 
 def _exit_with(error: object) -> None:

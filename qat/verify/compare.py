@@ -77,7 +77,7 @@ def verify_tflite(
         outputs = tf.nest.flatten(predict(x if len(x) > 1 else x[0]))
         from_model.append([output.numpy().astype(np.float32) for output in outputs])
         _require_same_shapes(path, from_file[-1], from_model[-1])
-        labels.append(None if y is None else np.asarray(y))
+        labels.append(None if tf.nest.is_nested(y) or y is None else np.asarray(y))
     if not labels:
         raise QatError("the dataset to verify on is empty")
     outputs = [

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from qat import existing
+from qat.errors import QatError
+from qat.existing import QuantizeJob
+from qat.recipe import Recipe
+from qat.verify.interpreter import Runner
+
+layers = tf_keras.layers
+
+
+def segmentation_model(activation: str = "softmax") -> tf_keras.Model:
+    """A small U-Net for images of any size: a class for every pixel."""
+    inputs = layers.Input((None, None, 3), name="image")
+    wide = layers.Conv2D(8, 3, padding="same", activation="relu")(inputs)
+    deep = layers.Conv2D(8, 3, padding="same", activation="relu")(layers.MaxPooling2D()(wide))
+    up = layers.Conv2DTranspose(8, 2, strides=2)(deep)
+    joined = layers.Concatenate()([wide, up])
+    return tf_keras.Model(inputs, layers.Conv2D(3, 1, activation=activation)(joined))
+
+
+def regression_model() -> tf_keras.Model:
+    """Two inputs of other ranks, two outputs."""
+    first, second = layers.Input((8,), name="first"), layers.Input((6, 4), name="second")
+    moved = layers.Conv1D(4, 3, activation="relu")(second)
+    joined = layers.Concatenate()([layers.Dense(8, "relu")(first), layers.Flatten()(moved)])
+    outputs = [
+        layers.Dense(2, name="size")(joined),
+        layers.Dense(3, "softmax", name="kind")(joined),
+    ]
+    return tf_keras.Model([first, second], outputs)
+
+
+def binary_model() -> tf_keras.Model:
+    inputs = layers.Input((6, 6, 3))
+    x = layers.Conv2D(4, 3, activation="relu")(inputs)
+    return tf_keras.Model(inputs, layers.Dense(1, "sigmoid")(layers.Flatten()(x)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    tf_keras.utils.set_random_seed(0)
+    segmentation_model().save(folder / "segmentation.keras")
+    regression_model().save(folder / "regression.keras")
+    binary_model().save(folder / "binary.keras")
+    images = rng.random((40, 8, 8, 3), np.float32)
+    np.savez(folder / "segmentation.npz", x=images, y=images.argmax(-1).astype(np.uint8))
+    np.savez(folder / "bytes.npz", x=(images * 255).astype(np.uint8))
+    first = rng.normal(size=(40, 8)).astype(np.float32)
+    second = rng.normal(size=(40, 6, 4)).astype(np.float32)
+    np.savez(folder / "inputs.npz", first=first, second=second)
+    kinds = (first[:, 0] > 0).astype(int) + (first[:, 1] > 0)
+    np.savez(folder / "regression.npz", first=first, second=second, size=first[:, :2], kind=kinds)
+    return folder
+
+
+def run(files, tmp_path, model: str, data: str, **fields):
+    job = QuantizeJob(
+        **{"qat_epochs": 2, "batch_size": 8, "recipe": Recipe.from_name("w8a8")} | fields,
+        model_path=str(files / model),
+        calibration_data=str(files / data),
+        output_dir=tmp_path / "run",
+    )
+    report = existing.run(job)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["layers"]
+    assert report["integers_match"] and report["tflite"]["float_operators"] == []
+    return report
+
+
+def test_segmentation_on_images_of_the_datas_size(files, tmp_path):
+    report = run(files, tmp_path, "segmentation.keras", "segmentation.npz")
+    assert report["num_eval_examples"] == 8
+    assert report["accuracy"] == {"float": None, "qat": None, "tflite": None}
+    assert report["loss"]["qat"] < report["loss"]["float"], "training did not lower the loss"
+    assert report["loss"]["tflite"] == pytest.approx(report["loss"]["qat"], rel=0.02)
+    assert tuple(Runner(tmp_path / "run" / "model.tflite").inputs[0]["shape"]) == (1, 8, 8, 3)
+
+
+def test_the_reported_loss_is_that_of_the_held_out_part(files, tmp_path):
+    report = run(files, tmp_path, "segmentation.keras", "segmentation.npz", qat_epochs=0)
+    with np.load(files / "segmentation.npz") as arrays:
+        x, y = arrays["x"], arrays["y"]
+    held_out = np.random.default_rng(0).permutation(40)[:8]
+    outputs = tf_keras.models.load_model(files / "segmentation.keras")(x[held_out]).numpy()
+    chosen = np.take_along_axis(outputs, y[held_out][..., None].astype(int), -1)
+    assert report["loss"]["float"] == pytest.approx(-np.log(chosen).mean(), rel=1e-4)
+
+
+def test_two_inputs_two_outputs_two_losses(files, tmp_path):
+    losses = ("mean_squared_error", "sparse_categorical_crossentropy")
+    report = run(files, tmp_path, "regression.keras", "regression.npz", loss=losses)
+    assert report["loss"]["tflite"] == pytest.approx(report["loss"]["qat"], rel=0.02)
+
+
+def test_without_targets_it_is_calibrated_alone(files, tmp_path):
+    report = run(files, tmp_path, "regression.keras", "inputs.npz", qat_epochs=None)
+    assert "loss" not in report and report["output_snr_db"] > 30
+    assert not list((tmp_path / "run").glob("tensorboard/*/*"))
+
+
+@pytest.mark.slow
+def test_without_targets_it_learns_what_the_float_model_gives(files, tmp_path):
+    fields = {"recipe": Recipe.from_name("w2a8"), "qat_learning_rate": 3e-3}
+    names = ("regression.keras", "inputs.npz")
+    before = run(files, tmp_path / "a", *names, **fields, qat_epochs=1)
+    after = run(files, tmp_path / "b", *names, **fields, qat_epochs=15)
+    distance = [each["loss"]["qat"] - each["loss"]["float"] for each in (before, after)]
+    assert 0 < distance[1] < 0.7 * distance[0]
+
+
+def test_bytes_in_the_file_are_bytes_in_the_model(files, tmp_path):
+    run(files, tmp_path, "segmentation.keras", "bytes.npz", qat_epochs=0, io="uint8")
+    (detail,) = Runner(tmp_path / "run" / "model.tflite").inputs
+    assert detail["dtype"] == np.uint8 and detail["quantization"] == (1.0, 0)
+
+
+def test_targets_without_a_loss_are_refused_before_anything_is_written(files, tmp_path):
+    with pytest.raises(QatError, match="say what to learn, e.g. --loss=mean_squared_error"):
+        run(files, tmp_path, "regression.keras", "regression.npz")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_is_for_classes(files, tmp_path):
+    with pytest.raises(QatError, match="--distill teaches"):
+        run(files, tmp_path, "segmentation.keras", "segmentation.npz", distill=True)
+
+
+def test_images_of_a_dataset_for_two_classes(files, tmp_path, monkeypatch):
+    """A sigmoid's one output, grey images for three channels, another size and range."""
+    images = existing.qat_data.load("digits", batch_size=64, image_size=6)
+    spec = existing.qat_data.DatasetSpec(
+        name="two", image_shape=(6, 6, 1), class_names=("0", "1"), splits={}, num_examples={}
+    )
+    two = existing.ModelImages(
+        existing.dataclasses.replace(images, spec=spec),
+        tf_keras.models.load_model(files / "binary.keras"),
+        (-1.0, 1.0),
+    )
+    x, y = next(iter(two.test))
+    assert x.shape[1:] == (6, 6, 3) and y.shape[1:] == (1,) and y.dtype == tf.float32
+    assert float(tf.reduce_min(x)) == -1.0 and float(tf.reduce_max(x)) <= 1.0
+    assert [output.name for output in two.objective.outputs] == ["binary_crossentropy"]
