@@ -1,0 +1,186 @@
+"""Every stock architecture of Keras 2 and Keras 3, from float model to verified file.
+
+Random weights, batch normalization statistics from random images, the smallest input that the
+architecture takes: calibrated, trained one step, exported, verified.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import json
+import multiprocessing
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from qat.apply import quantize_model
+from qat.calibrate import calibrate
+from qat.errors import QatError, UserError
+from qat.export.tflite import export_tflite
+from qat.files import write_whole
+from qat.loading import load_model
+from qat.reestimate import reestimate_batch_norm
+from qat.report import to_json
+from qat.settle import settle_biases
+from qat.verify.compare import verify_tflite
+
+CLASSES, EXAMPLES = 10, 8
+SIDES = (32, 48, 64, 75, 96, 128, 224, 331)
+# A process that has built a few networks gives their memory back by ending.
+TASKS_PER_PROCESS = 6
+
+
+def constructors() -> dict[str, Callable[..., Any]]:
+    """{"tf_keras.ResNet50" or "keras.ResNet50": function} of all stock architectures."""
+    import keras
+
+    return {
+        f"{package.__name__}.{name}": function
+        for package in (tf_keras, keras)
+        for name, function in inspect.getmembers(package.applications, inspect.isfunction)
+    }
+
+
+def run(folder: pathlib.Path, names: Sequence[str], recipe: str, seed: int) -> list[dict[str, Any]]:
+    """Measures what the folder does not hold yet; returns the rows of all names, in order.
+
+    Args:
+        names: of `constructors()`; nothing = all.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = constructors()
+    names = list(names) or list(known)
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise UserError(f"unknown architectures: {', '.join(unknown)}; e.g. {', '.join(known)}")
+    paths = {name: folder / recipe / f"{name}.json" for name in names}
+    missing = [name for name in names if not paths[name].exists()]
+    (folder / recipe).mkdir(parents=True, exist_ok=True)
+    while missing:
+        missing = _measure_in_processes(missing, paths, recipe, seed)
+    return [json.loads(paths[name].read_text()) for name in names]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a row for each architecture."""
+    lines = [
+        "| architecture | input | parameters | integers | float operators | output, dB | file, MB "
+        "| seconds: quantize, all |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["error"]:
+            lines.append(f"| {row['name']} | | | | | | | {row['error']} |")
+            continue
+        snr = "equal" if row["output_snr_db"] is None else f"{row['output_snr_db']:.0f}"
+        lines.append(
+            f"| {row['name']} | {row['side']} | {row['parameters']:,} | "
+            f"{'match' if row['integers_match'] else 'DIFFER'} | "
+            f"{', '.join(row['float_operators']) or 'none'} | {snr} | {row['bytes'] / 1e6:.1f} | "
+            f"{row['seconds']['quantize']:.0f}, {sum(row['seconds'].values()):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _measure_in_processes(
+    names: list[str], paths: dict[str, pathlib.Path], recipe: str, seed: int
+) -> list[str]:
+    """Returns what is left after a process died of one of them."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        max_workers=1,
+        mp_context=multiprocessing.get_context("spawn"),
+        max_tasks_per_child=TASKS_PER_PROCESS,
+    )
+    with pool:
+        for index, name in enumerate(names):
+            try:
+                row = pool.submit(measure, name, recipe, seed).result()
+            except BrokenProcessPool:
+                row = {"name": name, "error": "its process was killed, by memory perhaps"}
+            write_whole(paths[name], to_json(row))
+            print(table([row]).splitlines()[-1], flush=True)
+            if row["error"] and "killed" in row["error"]:
+                return names[index + 1 :]
+    return []
+
+
+def measure(name: str, recipe: str, seed: int) -> dict[str, Any]:
+    """One row; `error` is None where all went well."""
+    tf_keras.utils.set_random_seed(seed)
+    tf_keras.backend.clear_session()
+    seconds: dict[str, float] = {}
+    try:
+        found = _measured(name, recipe, seed, seconds)
+    except QatError as error:
+        return {"name": name, "error": str(error)}
+    return {"name": name, "error": None, "recipe": recipe, "seed": seed, **found}
+
+
+def _measured(name: str, recipe: str, seed: int, seconds: dict[str, float]) -> dict[str, Any]:
+    started = time.monotonic()
+
+    def took(step: str) -> None:
+        nonlocal started
+        now = time.monotonic()
+        seconds[step], started = round(now - started, 2), now
+
+    made, side = smallest(constructors()[name])
+    took("build")
+    model = load_model(made)
+    images, labels = _data(side, seed)
+    reestimate_batch_norm(model, tf.data.Dataset.from_tensors(images), steps=1)
+    took("load")
+    quantized = quantize_model(model, recipe)
+    took("quantize")
+    calibrate(quantized, tf.data.Dataset.from_tensors(images), steps=1)
+    took("calibrate")
+    loss = tf_keras.losses.SparseCategoricalCrossentropy()
+    quantized.compile(tf_keras.optimizers.SGD(1e-3), loss)
+    value = float(quantized.train_on_batch(images, labels))
+    settle_biases(quantized)
+    took("train")
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_tflite(quantized, pathlib.Path(folder, "model.tflite"))
+        took("export")
+        verified = verify_tflite(path, quantized, tf.data.Dataset.from_tensors(images[:4]))
+    took("verify")
+    finite = np.isfinite(verified.output_snr_db)
+    return {
+        "side": side,
+        "parameters": int(model.count_params()),
+        "loss": value,
+        "integers_match": verified.integers_match,
+        "float_operators": verified.float_operators,
+        "output_snr_db": round(verified.output_snr_db, 1) if finite else None,
+        "max_output_difference_lsb": verified.max_output_difference_lsb,
+        "bytes": verified.bytes,
+        "seconds": seconds,
+    }
+
+
+def smallest(constructor: Callable[..., Any]) -> tuple[Any, int]:
+    """(an untrained model, the side of its input), of the smallest input the architecture takes."""
+    for side in SIDES:
+        try:
+            shape = (side, side, 3)
+            return constructor(weights=None, input_shape=shape, classes=CLASSES), side
+        except ValueError as error:
+            refusal = error
+    raise UserError(f"takes no input up to {SIDES[-1]} pixels: {refusal}")
+
+
+def _data(side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth random images of 0-255 and labels."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 255, (EXAMPLES, 4, 4, 3)).astype(np.float32)
+    return tf.image.resize(coarse, (side, side)).numpy(), rng.integers(0, CLASSES, EXAMPLES)
