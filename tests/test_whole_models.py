@@ -98,7 +98,7 @@ def test_the_file_is_as_good_as_tensorflows_own(name, tmp_path):
         found = Runner(folder / "model.tflite").run(*of_test)
         ours[epochs] = snr_db(expected, [output.values for output in found])
         if "loss" in report:
-            assert report["loss"]["tflite"] < 1.1 * report["loss"]["float"] + 1e-3
+            assert report["loss"]["tflite"] < 1.25 * report["loss"]["float"] + 1e-3
         else:
             assert report["accuracy"]["tflite"] >= report["accuracy"]["float"] - 0.02
     print(f"{name}: TensorFlow {snr_db(expected, theirs):.1f} dB, ours {ours[0]:.1f} dB")
