@@ -106,7 +106,8 @@ class _Graph:
         args, kwargs = keras.tree.map_structure(
             self.replace, [list(arguments.args), dict(arguments.kwargs)]
         )
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        # training=True is what augmentation layers say by default; whoever calls the model decides.
+        kwargs = {k: v for k, v in kwargs.items() if v is not None and (k, v) != ("training", True)}
         if isinstance(operation, keras.Layer):
             return self.call_layer(operation, args, kwargs)
         outputs = call_operation(operation, args, kwargs, as_float32(node.outputs[0].dtype))

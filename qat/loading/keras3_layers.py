@@ -29,7 +29,7 @@ _SAME_NAME = (
     "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D GlobalMaxPooling1D "
     "GlobalMaxPooling2D GlobalMaxPooling3D GroupNormalization Identity LayerNormalization "
     "LeakyReLU Masking MaxPooling1D MaxPooling2D MaxPooling3D Maximum Minimum MultiHeadAttention "
-    "Multiply Normalization PReLU Permute RandomBrightness RandomContrast RandomCrop RandomFlip "
+    "Multiply Normalization PReLU Permute RandomBrightness RandomContrast RandomFlip "
     "RandomRotation RandomTranslation RandomZoom ReLU RepeatVector Rescaling Reshape Resizing "
     "SeparableConv1D SeparableConv2D Softmax SpatialDropout1D SpatialDropout2D SpatialDropout3D "
     "SpectralNormalization Subtract TimeDistributed UnitNormalization UpSampling1D UpSampling2D "
@@ -89,9 +89,14 @@ def tf_keras_layer(layer: Any, custom_objects: Mapping[str, Any]) -> layers.Laye
         custom_objects: {class name: tf_keras class} for the user's own layers.
 
     Raises:
-        ModelError: a class or an option that tf_keras lacks.
+        ModelError: a class or an option that tf_keras lacks, or a layer that Keras has quantized.
     """
     kind = type(layer).__name__
+    if getattr(layer, "quantization_mode", None) is not None:
+        raise ModelError(
+            f"{describe(layer)} was quantized by Keras ({layer.quantization_mode}); give the float "
+            "model it came from"
+        )
     if is_of_keras(layer) and kind in AUGMENTATION:
         logging.warning(
             "%s: tf_keras has no such augmentation; it is left out of training, and does nothing "
@@ -188,16 +193,7 @@ def has_activation(function: Any) -> bool:
 
 
 def computes_in_float32(layer: Any) -> bool:
-    """Whether a Keras 3 layer's floating numbers are float32.
-
-    Raises:
-        ModelError: a layer that Keras has quantized.
-    """
-    if getattr(layer, "quantization_mode", None) is not None:
-        raise ModelError(
-            f"{describe(layer)} was quantized by Keras ({layer.quantization_mode}); give the float "
-            "model it came from"
-        )
+    """Whether a Keras 3 layer's floating numbers are float32."""
     return as_float32(layer.compute_dtype) == layer.compute_dtype
 
 
