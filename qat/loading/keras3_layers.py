@@ -104,6 +104,8 @@ def tf_keras_layer(layer: Any, custom_objects: Mapping[str, Any]) -> layers.Laye
             describe(layer),
         )
         return layers.Identity(name=layer.name)
+    if is_of_keras(layer) and kind == "Lambda":
+        return layers.Lambda(layer.function, arguments=layer.arguments, name=layer.name)
     converted = _class_of(layer, custom_objects)
     if not is_of_keras(layer):
         return converted.from_config({**layer.get_config(), "dtype": "float32"})

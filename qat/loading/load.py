@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tf_keras
+from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from qat.canonical import functional
 from qat.errors import ModelError, QatError
@@ -92,7 +93,8 @@ def _tf_keras(file: ModelFile, custom_objects: dict[str, Any], unsafe: bool) -> 
 
 def _saved_model(file: ModelFile, custom_objects: dict[str, Any], unsafe: bool) -> tf_keras.Model:
     """tf_keras's loader would run the file's own functions; the model is built anew instead."""
-    model = tf_keras.models.model_from_config(file.config, custom_objects)
+    with SafeModeScope(not unsafe):
+        model = tf_keras.models.model_from_config(file.config, custom_objects)
     status = model.load_weights(str(file.path / "variables" / "variables"))
     status.assert_existing_objects_matched().expect_partial()
     return model
