@@ -78,6 +78,25 @@ def test_a_tf_keras_model_is_taken_as_it_is():
     assert qat.load_model(model) is model
 
 
+@pytest.mark.parametrize("policy", ("mixed_float16", "bfloat16"))
+def test_tf_keras_models_of_16_bits_become_float32(policy, caplog):
+    tf_keras.mixed_precision.set_global_policy(policy)
+    try:
+        x = tf_keras.Input(SHAPE)
+        y = tf_keras.layers.TimeDistributed(tf_keras.layers.Dense(3))(x)
+        model = tf_keras.Model(x, small(tf_keras)(y))
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    model.get_layer("small").trainable = False
+    loaded = qat.load_model(model)
+    assert {layer.compute_dtype for layer in loaded._flatten_layers()} == {"float32"}
+    assert not loaded.get_layer("small").trainable_weights and loaded.trainable_weights
+    for one, other in zip(model.weights, loaded.weights, strict=True):
+        assert other.dtype == tf.float32
+        np.testing.assert_array_equal(tf.cast(one, tf.float32), other)
+    assert policy in caplog.text
+
+
 def test_hdf5_files_may_have_any_name_that_keras_reads(tmp_path):
     path = saved(tiny(tf_keras), tmp_path / "two.h5")
     assert qat.load_model(str(path.rename(tmp_path / "two.keras"))).name == "tiny"
@@ -237,6 +256,12 @@ def test_a_saved_models_own_functions_are_not_run(tmp_path):
     path = saved(tiny(tf_keras), tmp_path / "folder", traces=True)
     (path / "saved_model.pb").write_bytes(b"")
     assert qat.load_model(path).name == "tiny"
+
+
+def test_a_given_class_vouches_for_no_module(tmp_path):
+    path = saved(tiny(tf_keras), tmp_path / "two.keras")
+    with pytest.raises(QatError, match="neither Keras's nor given"):
+        qat.load_model(edited(path, imports_a_module), custom_objects={"Dense": Twice})
 
 
 # ---------------------------------------------------------------- custom objects

@@ -16,6 +16,7 @@ from qat.loading.custom_objects import parse_custom_objects
 from qat.loading.files import Format, ModelFile, one_line, read_model_file
 from qat.loading.keras3 import from_keras3, is_keras3_model
 from qat.loading.keras3_layers import APPLICATION_LAYERS
+from qat.loading.precision import in_float32
 from qat.loading.safety import check_float, check_operations, check_safe
 
 
@@ -28,9 +29,9 @@ def load_model(
     """A Keras model, of Keras 2 or 3, object or file, as a float tf_keras model.
 
     A tf_keras model is handed back as it is; one of Keras 3 is converted, layer by layer and
-    operation by operation, with its weights and layer names, and computes the same. Code that
-    a file holds or names is not run; of a SavedModel only the configuration and the weights are
-    read, never the traced functions.
+    operation by operation, with its weights and layer names, and computes the same. What computes
+    in 16 bits becomes float32. Code that a file holds or names is not run; of a SavedModel only
+    the configuration and the weights are read, never the traced functions.
 
     Args:
         path_or_model: functional or Sequential; a `.keras` or `.h5` file or a SavedModel folder of
@@ -55,7 +56,7 @@ def load_model(
         raise ModelError(f"need a Keras model or a path, got {kind.__module__}.{kind.__name__}")
     functional(model)  # raises for subclassed and unbuilt ones
     _require_finite(model)
-    return model
+    return in_float32(model)
 
 
 def _from_file(

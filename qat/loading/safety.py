@@ -183,8 +183,9 @@ class _Known:
         return name not in ("get", "serialize", "deserialize") and any(map(callable, found))
 
     def knows_class(self, found: dict) -> bool:
-        name, registered = found["class_name"], found.get("registered_name")
-        if name in self.custom_objects or registered in self.custom_objects:
+        name = found["class_name"]
+        # As Keras looks: what is given or registered comes before the module that is named.
+        if found.get("registered_name", name) in self.custom_objects:
             return True
         if not _of_keras(found.get("module")):
             return False
