@@ -7,6 +7,7 @@ from qat.calibrate import calibrate
 from qat.exact import ExactModel
 from qat.export.tflite import export_tflite
 from qat.layers import FakeQuantize
+from qat.loading import load_model, parse_custom_objects
 from qat.recipe import Recipe, Rule, TensorSpec
 from qat.reestimate import reestimate_batch_norm
 from qat.saving import load_quantized_model, save_model
@@ -29,7 +30,9 @@ __all__ = [
     "configs",
     "export_tflite",
     "fit",
+    "load_model",
     "load_quantized_model",
+    "parse_custom_objects",
     "quantization_report",
     "quantize_model",
     "quantizers",

@@ -12,6 +12,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 from qat.canonical import functional
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
+from qat.loading import from_keras3, is_keras3_model
 from qat.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qat.roles import UnsupportedLayerError
 from qat.scheme import scheme
@@ -31,7 +32,7 @@ def quantize_model(
     became of each layer.
 
     Args:
-        model: functional or Sequential tf_keras model, built.
+        model: functional or Sequential model, built; a Keras 3 one is converted to tf_keras.
         recipe: grammar name ("w8a8", "w4a8", "w1a1", …), JSON file, or `Recipe`.
         input_range: (minimum, maximum) of the inputs, e.g. (0, 255) for image bytes; None =
             observed in training and calibration.
@@ -43,6 +44,8 @@ def quantize_model(
     """
     # 1. The recipe and the model are legal before anything is built.
     recipe = load_recipe(recipe)
+    if is_keras3_model(model):
+        model = from_keras3(model)
     model = functional(model)
     _require_plain(model)
     # 2. Every layer is annotated: the recipe decides, not the annotation.

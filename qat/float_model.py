@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-import zipfile
-import zlib
 
-import numpy as np
 import tf_keras
 
 from qat.data import DatasetSpec
 from qat.errors import ModelError, UserError
-from qat.saving import load_recipe_of
+from qat.loading import load_model
 
 
 def load_float_model(path: str, spec: DatasetSpec, flag: str) -> tf_keras.Model:
@@ -24,33 +21,18 @@ def load_float_model(path: str, spec: DatasetSpec, flag: str) -> tf_keras.Model:
         UserError: no model, a quantized one, one for other data, or NaN weights.
     """
     try:
-        model = tf_keras.models.load_model(path, compile=False, safe_mode=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError, *_DAMAGED) as error:
-        reason = " ".join(str(error).split())[:300]
-        if _is_quantized(path):
-            reason = "it is a quantized model; give the float one it came from"
-        raise UserError(f"{flag}: {path} cannot be loaded: {reason}") from error
+        model = load_model(path)
+    except ModelError as error:
+        raise UserError(f"{flag}: {error}") from error
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise UserError(f"{flag}: {path} needs one input and one output of class scores")
     shape, classes = tuple(model.input_shape[1:]), model.output_shape[-1]
     if shape != tuple(spec.image_shape) or classes != spec.num_classes:
         raise UserError(
             f"{flag}: {path} maps {shape} to {classes} classes; dataset {spec.name} has "
             f"{spec.image_shape} and {spec.num_classes}"
         )
-    for weight in model.weights:
-        if not np.isfinite(weight.numpy()).all():
-            raise UserError(f"{flag}: {path} has NaN or infinite values in {weight.name}")
     return model
-
-
-_DAMAGED = (zipfile.BadZipFile, zlib.error, AttributeError)
-
-
-def _is_quantized(path: str) -> bool:
-    try:
-        load_recipe_of(path)
-    except ModelError:
-        return False
-    return True
 
 
 def save_float_model(model: tf_keras.Model, path: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ ORDER = [
     {"quantizers"},
     {"reactnet"},
     {"configs", "layers", "canonical", "wrapper"},
-    {"roles"},
+    {"roles", "loading"},
     {"negatives"},
     {"placement"},
     {"scheme"},
