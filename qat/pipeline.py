@@ -24,7 +24,7 @@ from qat.export.target import find_target
 from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
-from qat.output import clear, drop_checkpoints, output_folder
+from qat.output import clear, drop_checkpoints, locked, output_folder, require_same_run
 from qat.recipe import Recipe
 from qat.recommended import train_quantized
 from qat.report import write_reports
@@ -67,6 +67,16 @@ class Job:
     profile_steps: tuple[int, int] | None = None
     strategy: tf.distribute.Strategy = dataclasses.field(default_factory=tf.distribute.get_strategy)
 
+    def flags(self) -> dict[str, Any]:
+        """All that the trained weights depend on, by the names of the program's flags."""
+        names = (
+            "dataset model float_model float_epochs qat_epochs batch_size learning_rate "
+            "qat_learning_rate seed distill"
+        ).split()
+        given = {name: getattr(self, name) for name in names}
+        settings = None if self.settings is None else self.settings.to_dict()
+        return {**given, "recipe": json.loads(self.recipe.to_json()), "settings": settings}
+
     def qat_settings(self) -> TrainSettings:
         """How the quantized model is trained."""
         overrides = {"learning_rate": self.qat_learning_rate, "distill": self.distill}
@@ -91,10 +101,11 @@ def run(job: Job) -> dict[str, Any]:
         require_tflite_micro()
     if job.target == "lce":
         larq.require_python()  # before training, not after it
-    with output_folder(job.output_dir), job.strategy.scope():
+    with output_folder(job.output_dir), locked(job.output_dir), job.strategy.scope():
         prepared = _Run(job)
         if not job.resume:
             clear(job.output_dir)
+        require_same_run(job.output_dir, job.flags(), resume=job.resume)
         return prepared.run()
 
 
@@ -147,11 +158,13 @@ class _Run:
         return models.build(job.model, spec.image_shape, spec.num_classes), False
 
     def train_float_model(self) -> None:
-        if self.float_is_trained:
-            return
         job, epochs = self.job, self.job.float_epochs
         if epochs is None:
             epochs = train.default_epochs(self.data.steps_per_epoch, quantized=False)
+        if self.float_is_trained:
+            if job.float_model is None:
+                self.resumed_at_step = epochs * self.data.steps_per_epoch
+            return
         config = train.TrainConfig(
             epochs=epochs,
             learning_rate=job.learning_rate,
@@ -178,12 +191,13 @@ class _Run:
         return load_quantized_model(path)
 
     def train_qat_model(self) -> None:
-        if self.qat_is_trained:
-            return
         job, data = self.job, self.data
         settings, epochs = job.qat_settings(), job.qat_epochs
         if epochs is None:
             epochs = settings.epochs(data.steps_per_epoch)
+        if self.qat_is_trained:
+            self.resumed_at_step = epochs * data.steps_per_epoch
+            return
         print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
         with self.training("qat", epochs):
             start = train_quantized(
@@ -196,7 +210,7 @@ class _Run:
                 target=job.target,
                 **self.options("qat", self.qat_model),
             )
-        self.resumed_at_step = max(self.resumed_at_step, start)
+        self.resumed_at_step = start or self.resumed_at_step
         save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
         write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
 
@@ -205,6 +219,7 @@ class _Run:
         job = self.job
         return {
             "from_logits": not train.ends_in_softmax(model),
+            "seed": job.seed,
             "jit_compile": job.jit_compile,
             "checkpoint_dir": job.output_dir / "checkpoints" / phase,
             "checkpoint_steps": job.checkpoint_steps,

@@ -15,6 +15,7 @@ import tf_keras
 from qat import callbacks as qat_callbacks
 from qat.callbacks.distillation import ends_in_softmax
 from qat.callbacks.guards import TrainingError
+from qat.checkpoints import CheckpointFolder, stopping_at_signals
 from qat.optimizer import QatAdam, cosine_schedule
 from qat.reestimate import reestimate_batch_norm
 
@@ -64,6 +65,7 @@ class TrainConfig:
         dampening: λ of `qat.callbacks.Dampening`; 0 = none.
         iterative_freezing: last threshold of `qat.callbacks.IterativeFreezing`; 0 = none.
         gradual_bits: stages of `qat.callbacks.GradualBits`, e.g. ((8, 0.2), (4, 0.5)).
+        seed: of the model's random layers, e.g. dropout; data and weights have their own.
         jit_compile: compile the training step with XLA.
         checkpoint_dir: where to keep the last two checkpoints; None = nowhere.
         checkpoint_steps: also between epochs, every so many steps; None = at epochs' ends.
@@ -91,6 +93,7 @@ class TrainConfig:
     dampening: float = 0.0
     iterative_freezing: float = 0.0
     gradual_bits: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
     jit_compile: bool = False
     checkpoint_dir: pathlib.Path | None = None
     checkpoint_steps: int | None = None
@@ -141,15 +144,14 @@ def fit(
     scheduled = _scheduled(config, data)
     scheduled += [each for each in callbacks if isinstance(each, qat_callbacks.Scheduled)]
     others = [each for each in callbacks if each not in scheduled]
-    with _of_one_training(scheduled, model, total):
-        manager = _checkpoints(model, config, scheduled)
-        if manager is not None and config.resume:
-            _restore(manager)
-        start = int(model.optimizer.iterations.numpy())
+    saved = config.checkpoint_dir is not None
+    with _of_one_training(scheduled, model, total), stopping_at_signals(saved) as stop:
+        folder = _checkpoints(model, config, scheduled)
+        start = folder.restore() if folder is not None and config.resume else 0
         # What changes the weights comes before what saves them.
         own = [qat_callbacks.StopAtNan(), *_watchers(config), *scheduled]
-        if manager is not None:
-            own.append(qat_callbacks.Checkpoints(manager, config.checkpoint_steps))
+        if folder is not None:
+            own.append(qat_callbacks.Checkpoints(folder, config.checkpoint_steps, stop))
         for first, last, count in _segments(start, steps, config.epochs):
             model.fit(
                 data.train_stream(first),
@@ -196,7 +198,7 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
 
 def _scheduled(config: TrainConfig, data: TrainingData) -> list[qat_callbacks.Scheduled]:
     """The callbacks that the config's fields stand for; widths first, the others see them."""
-    made: list[qat_callbacks.Scheduled] = []
+    made: list[qat_callbacks.Scheduled] = [qat_callbacks.RandomByStep(config.seed)]
     if config.gradual_bits:
         made.append(qat_callbacks.GradualBits(config.gradual_bits))
     if config.teacher is not None:
@@ -235,23 +237,13 @@ def _of_one_training(
 
 def _checkpoints(
     model: tf_keras.Model, config: TrainConfig, scheduled: Sequence[qat_callbacks.Scheduled]
-) -> tf.train.CheckpointManager | None:
+) -> CheckpointFolder | None:
     if config.checkpoint_dir is None:
         return None
     model.optimizer.build(model.trainable_variables)
     states = {type(each).__name__: each.state for each in scheduled if each.state is not None}
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, **states)
-    return tf.train.CheckpointManager(checkpoint, str(config.checkpoint_dir), max_to_keep=2)
-
-
-def _restore(manager: tf.train.CheckpointManager) -> None:
-    try:
-        manager.restore_or_initialize()
-    except (ValueError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(
-            f"{manager.directory} cannot be resumed: it is damaged or of another model: {reason}"
-        ) from error
+    states.update(model=model, optimizer=model.optimizer)
+    return CheckpointFolder(config.checkpoint_dir, states, resume=config.resume)
 
 
 def _watchers(config: TrainConfig) -> list[tf_keras.callbacks.Callback]:

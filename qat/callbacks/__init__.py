@@ -6,8 +6,9 @@ resumes them bit for bit.
 """
 
 from qat.callbacks.distillation import Distillation, DistillationLoss
-from qat.callbacks.guards import Checkpoints, StopAtNan, TrainingError
+from qat.callbacks.guards import Checkpoints, Interrupted, StopAtNan, TrainingError
 from qat.callbacks.oscillations import Dampening, IterativeFreezing
+from qat.callbacks.randomness import RandomByStep
 from qat.callbacks.scheduled import Scheduled
 from qat.callbacks.statistics import FreezeBatchNorm, FreezeRanges, ReestimateBatchNorm
 from qat.callbacks.widths import GradualBits
@@ -20,7 +21,9 @@ __all__ = [
     "FreezeBatchNorm",
     "FreezeRanges",
     "GradualBits",
+    "Interrupted",
     "IterativeFreezing",
+    "RandomByStep",
     "ReestimateBatchNorm",
     "Scheduled",
     "StopAtNan",
