@@ -17,7 +17,6 @@ from absl import logging
 from qat.callbacks.guards import Stop, TrainingError
 
 _KEPT = 2
-_UNREADABLE = (ValueError, AssertionError, TypeError, tf.errors.OpError)
 
 
 class CheckpointFolder:
@@ -65,7 +64,7 @@ class CheckpointFolder:
             try:
                 status = self._checkpoint.restore(str(self.folder / f"ckpt-{step}"))
                 status.assert_existing_objects_matched()
-            except _UNREADABLE as error:
+            except Exception as error:  # of damage TensorFlow says IndexError, KeyError and more
                 reasons.append(_one_line(error))
                 logging.warning("checkpoint of step %d cannot be read: %s", step, reasons[-1])
                 continue
