@@ -74,8 +74,20 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def require_same_run(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
-    """Keeps with the checkpoints what the run was started with; a resumed run must be the same one.
+@contextmanager
+def run_folder(path: pathlib.Path, *, wanted: bool = True) -> Iterator[None]:
+    """`output_folder`, `locked`; nothing on machines that do not write."""
+    if not wanted:
+        yield
+        return
+    with output_folder(path), locked(path):
+        yield
+
+
+def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
+    """Removes what an earlier run left, or makes sure that it is this run that is resumed.
+
+    What a run was started with is kept with its checkpoints.
 
     Args:
         flags: {name: what JSON can hold}, all that the trained weights depend on.
@@ -85,6 +97,8 @@ def require_same_run(path: pathlib.Path, flags: dict[str, Any], *, resume: bool)
     """
     file = path / "checkpoints" / "run.json"
     flags = json.loads(json.dumps(flags))
+    if not resume:
+        clear(path)
     if resume and file.exists():
         before = json.loads(file.read_text())
         for name, value in flags.items():

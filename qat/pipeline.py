@@ -15,16 +15,17 @@ import tf_keras
 
 import models
 from qat import data as qat_data
-from qat import train
+from qat import devices, train
 from qat.account import quantization_report
 from qat.apply import quantize_model
+from qat.distribution import is_chief
 from qat.errors import UserError
 from qat.export.micro import arena_bytes, require_tflite_micro
 from qat.export.target import find_target
 from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
-from qat.output import clear, drop_checkpoints, locked, output_folder, require_same_run
+from qat.output import begin, drop_checkpoints, run_folder
 from qat.recipe import Recipe
 from qat.recommended import train_quantized
 from qat.report import write_reports
@@ -34,6 +35,11 @@ from qat.verify import larq
 from qat.verify.compare import Verification, verify_tflite
 
 PIXEL_RANGE = (0.0, 255.0)
+# What a resumed run may change: fields of `Job` that no trained weight depends on, or only in the
+# order of sums (strategy).
+_FREE = (
+    "output_dir data_dir resume io target weight_storage checkpoint_steps profile_steps strategy"
+).split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,7 @@ class Job:
     distill: bool | None = None
     settings: TrainSettings | None = None
     jit_compile: bool = False
+    mixed_precision: str = "float32"
     target: str = "litert"
     io: str = "float32"
     weight_storage: str = "size"
@@ -67,15 +74,9 @@ class Job:
     profile_steps: tuple[int, int] | None = None
     strategy: tf.distribute.Strategy = dataclasses.field(default_factory=tf.distribute.get_strategy)
 
-    def flags(self) -> dict[str, Any]:
+    def flags(self) -> dict[str, str]:
         """All that the trained weights depend on, by the names of the program's flags."""
-        names = (
-            "dataset model float_model float_epochs qat_epochs batch_size learning_rate "
-            "qat_learning_rate seed distill"
-        ).split()
-        given = {name: getattr(self, name) for name in names}
-        settings = None if self.settings is None else self.settings.to_dict()
-        return {**given, "recipe": json.loads(self.recipe.to_json()), "settings": settings}
+        return {name: str(value) for name, value in vars(self).items() if name not in _FREE}
 
     def qat_settings(self) -> TrainSettings:
         """How the quantized model is trained."""
@@ -84,11 +85,11 @@ class Job:
         return dataclasses.replace(self.settings or recommended(self.recipe), **given)
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any] | None:
     """Runs the job and writes its output folder.
 
     Returns:
-        What `qat.report.write_reports` wrote.
+        What `qat.report.write_reports` wrote; None on machines that only help the chief train.
 
     Raises:
         DataError, RecipeError, UnsupportedLayerError, ExportError, TrainingError, UserError.
@@ -101,12 +102,16 @@ def run(job: Job) -> dict[str, Any]:
         require_tflite_micro()
     if job.target == "lce":
         larq.require_python()  # before training, not after it
-    with output_folder(job.output_dir), locked(job.output_dir), job.strategy.scope():
-        prepared = _Run(job)
-        if not job.resume:
-            clear(job.output_dir)
-        require_same_run(job.output_dir, job.flags(), resume=job.resume)
-        return prepared.run()
+    devices.require_legal(job.strategy, job.batch_size, job.jit_compile, job.mixed_precision)
+    chief = is_chief(job.strategy)
+    with run_folder(job.output_dir, wanted=chief):
+        with job.strategy.scope():
+            prepared = _Run(job)
+            if chief:
+                begin(job.output_dir, job.flags(), resume=job.resume)
+            prepared.train_float_model()
+            prepared.train_qat_model()
+        return prepared.finish() if chief else None
 
 
 class _Run:
@@ -115,6 +120,7 @@ class _Run:
     def __init__(self, job: Job):
         tf_keras.utils.set_random_seed(job.seed)
         self.job = job
+        self.writes = is_chief(job.strategy)
         self.seconds = {"float_training": 0.0, "qat_training": 0.0}
         self.resumed_at_step = 0
         self.data = qat_data.load(
@@ -125,18 +131,11 @@ class _Run:
         self.qat_model = self.finished_qat_model() or self.quantized()
         self.qat_is_trained = self.finished_qat_model() is not None
 
-    def run(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         job = self.job
-        self.train_float_model()
-        self.train_qat_model()
         with self.timed("export"):
-            path = export_tflite(
-                self.qat_model,
-                job.output_dir / "model.tflite",
-                target=job.target,
-                io=job.io,
-                weight_storage=job.weight_storage,
-            )
+            options = {"target": job.target, "io": job.io, "weight_storage": job.weight_storage}
+            path = export_tflite(self.qat_model, job.output_dir / "model.tflite", **options)
             arena = arena_bytes(path) if find_target(job.target).arena else None
         with self.timed("verify"):
             found = verify_tflite(path, self.qat_model, self.data.test)
@@ -172,7 +171,8 @@ class _Run:
         )
         with self.training("float", epochs):
             self.resumed_at_step = train.fit(self.float_model, self.data, config)
-        save_float_model(self.float_model, job.output_dir / "float_model.keras")
+        if self.writes:
+            save_float_model(self.float_model, job.output_dir / "float_model.keras")
         self.qat_model = self.quantized()
 
     def quantized(self) -> tf_keras.Model:
@@ -211,8 +211,9 @@ class _Run:
                 **self.options("qat", self.qat_model),
             )
         self.resumed_at_step = start or self.resumed_at_step
-        save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
-        write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
+        if self.writes:
+            save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
+            write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
 
     def options(self, phase: str, model: tf_keras.Model) -> dict[str, Any]:
         """What the configs of both trainings share."""
@@ -221,6 +222,7 @@ class _Run:
             "from_logits": not train.ends_in_softmax(model),
             "seed": job.seed,
             "jit_compile": job.jit_compile,
+            "mixed_precision": job.mixed_precision,
             "checkpoint_dir": job.output_dir / "checkpoints" / phase,
             "checkpoint_steps": job.checkpoint_steps,
             "resume": job.resume,
@@ -258,6 +260,7 @@ class _Run:
             "integers_match": found.integers_match,
             "max_output_difference_lsb": found.max_output_difference_lsb,
             "resumed_at_step": self.resumed_at_step,
+            "devices": devices.account(job.strategy, job.jit_compile, job.mixed_precision),
             "tflite": {
                 "path": "model.tflite",
                 "bytes": found.bytes,

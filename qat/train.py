@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -14,9 +13,17 @@ import tf_keras
 
 from qat import callbacks as qat_callbacks
 from qat.callbacks.distillation import ends_in_softmax
-from qat.callbacks.guards import TrainingError
+from qat.callbacks.guards import TrainingError, one_line_errors
 from qat.checkpoints import CheckpointFolder, stopping_at_signals
+from qat.distribution import (
+    batch_norm_over_replicas,
+    by_examples,
+    is_chief,
+    require_same_step,
+    split,
+)
 from qat.optimizer import QatAdam, cosine_schedule
+from qat.precision import in_precision
 from qat.reestimate import reestimate_batch_norm
 
 __all__ = [
@@ -66,6 +73,8 @@ class TrainConfig:
         iterative_freezing: last threshold of `qat.callbacks.IterativeFreezing`; 0 = none.
         gradual_bits: stages of `qat.callbacks.GradualBits`, e.g. ((8, 0.2), (4, 0.5)).
         seed: of the model's random layers, e.g. dropout; data and weights have their own.
+        mixed_precision: type that kernels compute in, see `qat.precision.in_precision`; float16
+            with loss scaling. The model itself stays float32.
         jit_compile: compile the training step with XLA.
         checkpoint_dir: where to keep the last two checkpoints; None = nowhere.
         checkpoint_steps: also between epochs, every so many steps; None = at epochs' ends.
@@ -94,6 +103,7 @@ class TrainConfig:
     iterative_freezing: float = 0.0
     gradual_bits: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    mixed_precision: str = "float32"
     jit_compile: bool = False
     checkpoint_dir: pathlib.Path | None = None
     checkpoint_steps: int | None = None
@@ -139,7 +149,28 @@ def fit(
         TrainingError: the loss is no longer a number, or a checkpoint cannot be read.
         ValueError: a setting out of range.
     """
-    steps, total = data.steps_per_epoch, config.epochs * data.steps_per_epoch
+    strategy = model.distribute_strategy
+    trained = in_precision(model, config.mixed_precision)
+    with strategy.scope(), batch_norm_over_replicas(trained, strategy), one_line_errors():
+        try:
+            start = _train(trained, data, config, callbacks)
+        finally:
+            if trained is not model:
+                model.set_weights(trained.get_weights())
+        # Not by a callback: a training that was finished before and is resumed calls none.
+        if config.epochs and config.reestimate_batch_norm and config.freeze_batch_norm is None:
+            reestimate_batch_norm(model, data.train_stream(), steps=config.reestimate_batch_norm)
+    return start
+
+
+def _train(
+    model: tf_keras.Model,
+    data: TrainingData,
+    config: TrainConfig,
+    callbacks: Sequence[tf_keras.callbacks.Callback],
+) -> int:
+    strategy, steps = model.distribute_strategy, data.steps_per_epoch
+    total = config.epochs * steps
     _compile(model, config, total)
     scheduled = _scheduled(config, data)
     scheduled += [each for each in callbacks if isinstance(each, qat_callbacks.Scheduled)]
@@ -148,25 +179,27 @@ def fit(
     with _of_one_training(scheduled, model, total), stopping_at_signals(saved) as stop:
         folder = _checkpoints(model, config, scheduled)
         start = folder.restore() if folder is not None and config.resume else 0
+        require_same_step(start, strategy)
         # What changes the weights comes before what saves them.
-        own = [qat_callbacks.StopAtNan(), *_watchers(config), *scheduled]
+        own = [qat_callbacks.StopAtNan(), *_watchers(config, data, strategy), *scheduled]
         if folder is not None:
             own.append(qat_callbacks.Checkpoints(folder, config.checkpoint_steps, stop))
         for first, last, count in _segments(start, steps, config.epochs):
+            listed = tf_keras.callbacks.CallbackList(
+                [*own, *others], add_history=True, model=model, epochs=last, steps=count
+            )
+            listed._check_timing = False  # a checkpoint takes longer than a step: no news
             model.fit(
-                data.train_stream(first),
+                split(data.train_stream(first), strategy),
                 initial_epoch=first // steps,
                 epochs=last,
                 steps_per_epoch=count,
-                validation_data=data.validation,
-                callbacks=[*own, *others],
-                verbose=1 if sys.stdout.isatty() else 2,
+                validation_data=by_examples(data.validation),
+                callbacks=listed,
+                verbose=0,
             )
             if model.stop_training:
                 break
-    # Not by a callback: a training that was finished before and is resumed calls none.
-    if total and config.reestimate_batch_norm and config.freeze_batch_norm is None:
-        reestimate_batch_norm(model, data.train_stream(), steps=config.reestimate_batch_norm)
     return start
 
 
@@ -193,6 +226,8 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
             config.distill_temperature, config.distill_weight, config.from_logits
         )
     metric = tf_keras.metrics.SparseCategoricalAccuracy("accuracy")
+    if config.mixed_precision == "float16":
+        optimizer = tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     model.compile(optimizer, loss, [metric], jit_compile=config.jit_compile)
 
 
@@ -243,14 +278,22 @@ def _checkpoints(
     model.optimizer.build(model.trainable_variables)
     states = {type(each).__name__: each.state for each in scheduled if each.state is not None}
     states.update(model=model, optimizer=model.optimizer)
-    return CheckpointFolder(config.checkpoint_dir, states, resume=config.resume)
+    writes = is_chief(model.distribute_strategy)
+    return CheckpointFolder(config.checkpoint_dir, states, resume=config.resume, writes=writes)
 
 
-def _watchers(config: TrainConfig) -> list[tf_keras.callbacks.Callback]:
-    if config.log_dir is None:
+def _watchers(
+    config: TrainConfig, data: TrainingData, strategy: tf.distribute.Strategy
+) -> list[tf_keras.callbacks.Callback]:
+    """What shows how training does; only the chief shows it."""
+    if not is_chief(strategy):
         return []
-    return [
-        tf_keras.callbacks.TensorBoard(
-            str(config.log_dir), write_graph=False, profile_batch=config.profile_steps or 0
-        )
-    ]
+    made = [qat_callbacks.Progress(config.epochs, data.steps_per_epoch)]
+    if config.log_dir is not None:
+        profile = config.profile_steps or 0
+        tensorboard = tf_keras.callbacks.TensorBoard
+        made.append(tensorboard(str(config.log_dir), write_graph=False, profile_batch=profile))
+        folder, steps = config.log_dir / "quantization", data.steps_per_epoch
+        summaries = qat_callbacks.QuantizationSummaries
+        made.append(summaries(folder, data.validation, steps_per_epoch=steps))
+    return made

@@ -19,7 +19,7 @@ import qat
 from qat.callbacks import Checkpoints, Interrupted
 from qat.checkpoints import CheckpointFolder
 from qat.errors import QatError, UserError
-from qat.output import locked, output_folder, require_same_run
+from qat.output import begin, locked, output_folder
 from qat.train import TrainConfig, TrainingError, fit
 
 layers = tf_keras.layers
@@ -271,8 +271,8 @@ def test_a_folder_is_one_runs(tmp_path):
 
 
 def test_a_resumed_run_must_have_the_flags_it_was_started_with(tmp_path):
-    require_same_run(tmp_path, {"seed": 1, "recipe": ["w4a4", (1, 2)]}, resume=True)
-    require_same_run(tmp_path, {"seed": 1, "recipe": ["w4a4", (1, 2)]}, resume=True)
+    begin(tmp_path, {"seed": 1, "recipe": ["w4a4", (1, 2)]}, resume=True)
+    begin(tmp_path, {"seed": 1, "recipe": ["w4a4", (1, 2)]}, resume=True)
     with pytest.raises(QatError, match="--seed=1, not 2"):
-        require_same_run(tmp_path, {"seed": 2, "recipe": ["w4a4", (1, 2)]}, resume=True)
-    require_same_run(tmp_path, {"seed": 2, "recipe": []}, resume=False)
+        begin(tmp_path, {"seed": 2, "recipe": ["w4a4", (1, 2)]}, resume=True)
+    begin(tmp_path, {"seed": 2, "recipe": []}, resume=False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import signal
+from collections.abc import Iterator
 from typing import Protocol
 
 import tensorflow as tf
@@ -52,6 +55,7 @@ class Checkpoints(tf_keras.callbacks.Callback):
 
     def __init__(self, folder: Saver, steps: int | None, stop: Stop | None = None):
         super().__init__()
+        self._supports_tf_logs = True  # they are read when saving, so no other step waits for them
         self.folder = folder
         self.steps = steps
         self.stop = stop or Stop()
@@ -85,8 +89,8 @@ class StopAtNan(tf_keras.callbacks.Callback):
 
 def require_finite(logs: dict[str, float] | None, epoch: int) -> None:
     """Raises TrainingError if the mean loss is no longer a number."""
-    loss = (logs or {}).get("loss", 0.0)
-    if not tf.math.is_finite(loss):
+    loss = float((logs or {}).get("loss", 0.0))
+    if not math.isfinite(loss):
         raise TrainingError(f"the loss became {loss} in epoch {epoch + 1}; lower the learning rate")
 
 
@@ -98,3 +102,23 @@ def require_finite_weights(model: tf_keras.Model, epoch: int) -> None:
                 f"{variable.name} became NaN or infinite in epoch {epoch + 1}; lower the learning "
                 "rate"
             )
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What TensorFlow says on pages, for the two cases in which the user can do something."""
+    try:
+        yield
+    except tf.errors.UnimplementedError as error:
+        reason = next((line for line in str(error).splitlines() if "eterminis" in line), None)
+        if reason is None:
+            raise
+        raise TrainingError(
+            f"a kernel has no deterministic version: {reason.strip()[:300]}; leave --deterministic "
+            "out"
+        ) from error
+    except tf.errors.ResourceExhaustedError as error:
+        reason = str(error).splitlines()[0].strip()[:200]
+        raise TrainingError(
+            f"memory or disk is used up: {reason}; lower --batch_size, or make room"
+        ) from error
