@@ -170,7 +170,9 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path, whole):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize(
+    "number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow))
+)
 def test_a_signal_saves_the_step_that_runs(number, tmp_path, whole):
     before = signal.getsignal(number)
     ask = Act(6, lambda: os.kill(os.getpid(), number))
