@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import tensorflow as tf
+import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from qat.callbacks.guards import TrainingError
+from qat.canonical import functional
 from qat.quantizers.base import over_replicas
 
 
@@ -68,6 +70,20 @@ def require_same_step(step: int, strategy: tf.distribute.Strategy) -> None:
             f"machines would resume at steps {lowest} and {highest}; give all of them one "
             "--output_dir on a file system that they share"
         )
+
+
+def local(model: tf_keras.Model) -> tf_keras.Model:
+    """The model, or if replicas share its variables a copy that is this process's own.
+
+    Every machine must call it, outside of the strategy's scope: reading batch normalization's
+    statistics takes all of them. Whoever has the copy needs the others no more.
+    """
+    if model.distribute_strategy is tf.distribute.get_strategy():
+        return model
+    with tfmot.quantization.keras.quantize_scope():
+        copy = tf_keras.models.clone_model(functional(model))
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 @contextlib.contextmanager

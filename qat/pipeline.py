@@ -18,7 +18,7 @@ from qat import data as qat_data
 from qat import devices, train
 from qat.account import quantization_report
 from qat.apply import quantize_model
-from qat.distribution import is_chief
+from qat.distribution import is_chief, local
 from qat.errors import UserError
 from qat.export.micro import arena_bytes, require_tflite_micro
 from qat.export.target import find_target
@@ -35,11 +35,9 @@ from qat.verify import larq
 from qat.verify.compare import Verification, verify_tflite
 
 PIXEL_RANGE = (0.0, 255.0)
-# What a resumed run may change: fields of `Job` that no trained weight depends on, or only in the
-# order of sums (strategy).
-_FREE = (
-    "output_dir data_dir resume io target weight_storage checkpoint_steps profile_steps strategy"
-).split()
+# What a resumed run may change: fields of `Job` that no trained weight depends on.
+_FREE = "output_dir data_dir resume io target weight_storage strategy".split()
+_FREE += ["checkpoint_steps", "profile_steps"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,12 +103,11 @@ def run(job: Job) -> dict[str, Any] | None:
     devices.require_legal(job.strategy, job.batch_size, job.jit_compile, job.mixed_precision)
     chief = is_chief(job.strategy)
     with run_folder(job.output_dir, wanted=chief):
-        with job.strategy.scope():
-            prepared = _Run(job)
-            if chief:
-                begin(job.output_dir, job.flags(), resume=job.resume)
-            prepared.train_float_model()
-            prepared.train_qat_model()
+        prepared = _Run(job)
+        if chief:
+            begin(job.output_dir, job.flags(), resume=job.resume)
+        prepared.train_float_model()
+        prepared.train_qat_model()
         return prepared.finish() if chief else None
 
 
@@ -126,7 +123,8 @@ class _Run:
         self.data = qat_data.load(
             job.dataset, data_dir=job.data_dir, batch_size=job.batch_size, seed=job.seed
         )
-        self.float_model, self.float_is_trained = self.first_float_model()
+        with job.strategy.scope():
+            self.float_model, self.float_is_trained = self.first_float_model()
         # Before hours of float training, not after them.
         self.qat_model = self.finished_qat_model() or self.quantized()
         self.qat_is_trained = self.finished_qat_model() is not None
@@ -171,12 +169,14 @@ class _Run:
         )
         with self.training("float", epochs):
             self.resumed_at_step = train.fit(self.float_model, self.data, config)
+        trained = local(self.float_model)
         if self.writes:
-            save_float_model(self.float_model, job.output_dir / "float_model.keras")
+            save_float_model(trained, job.output_dir / "float_model.keras")
         self.qat_model = self.quantized()
 
     def quantized(self) -> tf_keras.Model:
-        return quantize_model(self.float_model, self.job.recipe, input_range=PIXEL_RANGE)
+        with self.job.strategy.scope():
+            return quantize_model(self.float_model, self.job.recipe, input_range=PIXEL_RANGE)
 
     def finished_qat_model(self) -> tf_keras.Model | None:
         """The quantized model of the run that is resumed, if it got that far."""
@@ -197,9 +197,11 @@ class _Run:
             epochs = settings.epochs(data.steps_per_epoch)
         if self.qat_is_trained:
             self.resumed_at_step = epochs * data.steps_per_epoch
+            self.float_model = local(self.float_model)
             return
-        print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
-        with self.training("qat", epochs):
+        if self.writes:
+            print(f"settings: {json.dumps(settings.to_dict())}", flush=True)
+        with self.training("qat", epochs), job.strategy.scope():
             start = train_quantized(
                 self.qat_model,
                 self.float_model,
@@ -211,6 +213,8 @@ class _Run:
                 **self.options("qat", self.qat_model),
             )
         self.resumed_at_step = start or self.resumed_at_step
+        # From here on the chief works alone.
+        self.float_model, self.qat_model = local(self.float_model), local(self.qat_model)
         if self.writes:
             save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
             write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
@@ -232,7 +236,9 @@ class _Run:
 
     def training(self, phase: str, epochs: int) -> AbstractContextManager[None]:
         """Says what begins and takes its time."""
-        print(f"{phase} training: {epochs} epochs of {self.data.steps_per_epoch} steps", flush=True)
+        if self.writes:
+            steps = self.data.steps_per_epoch
+            print(f"{phase} training: {epochs} epochs of {steps} steps", flush=True)
         return self.timed(f"{phase}_training")
 
     @contextmanager

@@ -286,14 +286,14 @@ def _watchers(
     config: TrainConfig, data: TrainingData, strategy: tf.distribute.Strategy
 ) -> list[tf_keras.callbacks.Callback]:
     """What shows how training does; only the chief shows it."""
-    if not is_chief(strategy):
-        return []
-    made = [qat_callbacks.Progress(config.epochs, data.steps_per_epoch)]
-    if config.log_dir is not None:
+    chief, steps = is_chief(strategy), data.steps_per_epoch
+    made = [qat_callbacks.Progress(config.epochs, steps)] if chief else []
+    if config.log_dir is None:
+        return made
+    if chief:
         profile = config.profile_steps or 0
         tensorboard = tf_keras.callbacks.TensorBoard
         made.append(tensorboard(str(config.log_dir), write_graph=False, profile_batch=profile))
-        folder, steps = config.log_dir / "quantization", data.steps_per_epoch
-        summaries = qat_callbacks.QuantizationSummaries
-        made.append(summaries(folder, data.validation, steps_per_epoch=steps))
-    return made
+    folder = config.log_dir / "quantization" if chief else None
+    summaries = qat_callbacks.QuantizationSummaries
+    return [*made, summaries(folder, data.validation, steps_per_epoch=steps)]

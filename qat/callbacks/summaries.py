@@ -28,13 +28,14 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
     A model without quantizers of ours gets no curves. The batch runs once for each writing.
 
     Args:
-        log_dir: TensorBoard's. data: batches of x or (x, y); the first is taken.
+        log_dir: TensorBoard's; None = nothing is written, on machines that help a chief, whose
+            variables they have to read together. data: batches of x or (x, y); the first is taken.
         times: an epoch. steps_per_epoch: None = what Keras says.
     """
 
     def __init__(
         self,
-        log_dir: str | os.PathLike,
+        log_dir: str | os.PathLike | None,
         data: tf.data.Dataset,
         times: int = 2,
         *,
@@ -44,7 +45,7 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
         self._supports_tf_logs = True
         if times < 1:
             raise ValueError(f"times is a whole number of at least 1, got {times!r}")
-        self.log_dir = os.fspath(log_dir)
+        self.log_dir = log_dir
         self.data = data
         self.times = times
         self.steps_per_epoch = steps_per_epoch
@@ -57,7 +58,9 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
         self._sites = [la for la in self.model.submodules if isinstance(la, FakeQuantize)]
         self._before: dict[str, np.ndarray] | None = None
         if (self._kernels or self._sites) and self._writer is None:
-            self._writer = tf.summary.create_file_writer(self.log_dir)
+            helps = self.log_dir is None
+            make = tf.summary.create_noop_writer if helps else tf.summary.create_file_writer
+            self._writer = make() if helps else make(os.fspath(self.log_dir))
             batch = next(iter(self.data))
             self._batch = tf.nest.flatten(batch[0] if isinstance(batch, tuple) else batch)
             self._observed = tf.function(self._run)
