@@ -17,6 +17,7 @@ from stripes import CLASSES, STEPS, Recorder, Stripes, linear_model
 
 import qat
 from qat.callbacks import Checkpoints, Interrupted
+from qat.callbacks.guards import one_line_errors
 from qat.checkpoints import CheckpointFolder
 from qat.errors import QatError, UserError
 from qat.output import begin, locked, output_folder
@@ -205,6 +206,26 @@ def test_weights_that_are_nan_are_not_saved():
         guard.on_epoch_begin(1)
         guard.on_epoch_end(1, {"loss": 0.5})
     assert not saved
+
+
+# ---------------------------------------------------------------- TensorFlow's pages
+
+
+def test_a_kernel_without_a_deterministic_version_is_named_in_one_line():
+    page = (
+        "Graph execution error:\nat node x\nA deterministic GPU implementation of Y is missing.\nz"
+    )
+    with pytest.raises(TrainingError, match="implementation of Y.*--deterministic") as error:
+        with one_line_errors():
+            raise tf.errors.UnimplementedError(None, None, page)
+    assert "\n" not in str(error.value)
+
+
+def test_used_up_memory_is_one_line_and_other_errors_stay():
+    with pytest.raises(TrainingError, match="OOM.*batch_size"), one_line_errors():
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating\nmore")
+    with pytest.raises(tf.errors.UnimplementedError), one_line_errors():
+        raise tf.errors.UnimplementedError(None, None, "something else")
 
 
 # ---------------------------------------------------------------- random layers

@@ -20,7 +20,7 @@ from qat.errors import UserError
 
 TESTS = pathlib.Path(__file__).resolve().parent
 PROJECT = TESTS.parent
-PATIENCE = 600  # seconds on a busy machine
+PATIENCE = 1800  # seconds on a busy machine
 RECIPES = ("float", "w8a8", "w4a4")
 
 
