@@ -23,7 +23,8 @@ from qat.objective import (
     require_targets,
     takes_labels,
 )
-from qat.pipeline import PIXEL_RANGE, QatJob, QatRun, run_in_folder
+from qat.pipeline import PIXEL_RANGE
+from qat.qat_run import QatJob, QatRun, run_in_folder
 from qat.settings import TrainSettings
 from qat.verify.larq import open_runner
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pathlib
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 
 
@@ -50,3 +52,12 @@ def write_together(
         check(beside[first])
         for path in (*others, first):
             os.replace(beside[path], path)
+
+
+def zipped(members: Mapping[str, bytes]) -> bytes:
+    """A zip archive of these members, stored as they are: the same bytes at any time of day."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return whole.getvalue()

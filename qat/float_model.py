@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import tempfile
+import zipfile
 
 import tf_keras
 
 from qat.data import DatasetSpec
 from qat.errors import ModelError, UserError
+from qat.files import write_whole, zipped
 from qat.loading import load_model
 
 
@@ -36,9 +40,17 @@ def load_float_model(path: str, spec: DatasetSpec, flag: str) -> tf_keras.Model:
 
 
 def save_float_model(model: tf_keras.Model, path: pathlib.Path) -> None:
-    """Writes the model without its optimizer; the file appears whole or not at all."""
+    """Writes the model without its optimizer; the file appears whole or not at all.
+
+    Keras notes the time of day; here the same weights give the same file.
+    """
     copy = tf_keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
-    beside = path.with_name(f".{path.name}")
-    copy.save(beside, save_format="keras")
-    beside.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = pathlib.Path(folder, path.name)
+        copy.save(written, save_format="keras")
+        with zipfile.ZipFile(written) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    metadata = json.loads(members["metadata.json"])
+    metadata.pop("date_saved", None)
+    write_whole(path, zipped({**members, "metadata.json": json.dumps(metadata).encode()}))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from absl import logging
 
 from qat.errors import UserError
+from qat.files import write_whole
 
 FILES = (
     "float_model.keras",
@@ -42,6 +49,67 @@ def output_folder(path: pathlib.Path) -> Iterator[None]:
     finally:
         if not existed and not any(path.iterdir()):
             path.rmdir()
+
+
+@contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of the folder; the system unlocks it when this one ends or dies.
+
+    Raises:
+        UserError: another process is in it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"--output_dir={path} is in use by another process; wait for it, or use another folder"
+        ) from error
+    except OSError as error:  # some network file systems have no locks for folders
+        logging.warning("--output_dir=%s cannot be locked: %s", path, error.strerror)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def run_folder(path: pathlib.Path, *, wanted: bool = True) -> Iterator[None]:
+    """`output_folder`, `locked`; nothing on machines that do not write."""
+    if not wanted:
+        yield
+        return
+    with output_folder(path), locked(path):
+        yield
+
+
+def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
+    """Removes what an earlier run left, or makes sure that it is this run that is resumed.
+
+    What a run was started with is kept with its checkpoints.
+
+    Args:
+        flags: {name: what JSON can hold}, all that the trained weights depend on.
+
+    Raises:
+        UserError: the run that is resumed was started with another flag.
+    """
+    file = path / "checkpoints" / "run.json"
+    flags = json.loads(json.dumps(flags))
+    if not resume:
+        clear(path)
+    if resume and file.exists():
+        before = json.loads(file.read_text())
+        for name, value in flags.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--resume: {path} was started with --{name}={before.get(name)}, not {value}; "
+                    "use the same flags, or another --output_dir"
+                )
+        return
+    file.parent.mkdir(exist_ok=True)
+    write_whole(file, json.dumps(flags).encode())
 
 
 def clear(path: pathlib.Path) -> None:

@@ -21,7 +21,7 @@ import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from qat.errors import ModelError, QatError
-from qat.files import write_whole
+from qat.files import write_whole, zipped
 from qat.recipe import Recipe
 
 _FORMAT = "qat-1"
@@ -42,16 +42,17 @@ def save_model(model: tf_keras.Model, path: str | os.PathLike, *, recipe: Recipe
     if path.suffix != ".keras":
         raise ModelError(f"quantized models are saved as .keras files, got {path.name!r}")
     metadata = {"format": _FORMAT, "keras_version": tf_keras.__version__}
-    weights, whole = io.BytesIO(), io.BytesIO()
+    weights = io.BytesIO()
     with h5py.File(weights, "w") as file:
         for index, variable in enumerate(model.weights):
             file.create_dataset(str(index), data=variable.numpy()).attrs["name"] = variable.name
-    with zipfile.ZipFile(whole, "w") as archive:
-        archive.writestr("metadata.json", json.dumps(metadata))
-        archive.writestr("config.json", model.to_json())
-        archive.writestr("recipe.json", recipe.to_json())
-        archive.writestr("model.weights.h5", weights.getvalue())
-    write_whole(path, whole.getvalue())
+    members = {
+        "metadata.json": json.dumps(metadata).encode(),
+        "config.json": model.to_json().encode(),
+        "recipe.json": recipe.to_json().encode(),
+        "model.weights.h5": weights.getvalue(),
+    }
+    write_whole(path, zipped(members))
 
 
 def load_quantized_model(path: str | os.PathLike) -> tf_keras.Model:

@@ -12,7 +12,11 @@ from typing import Any
 import tf_keras
 
 from qat.recipe import TERNARY, Recipe, load_recipe
-from qat.train import TrainConfig, default_epochs
+from qat.train import TrainConfig
+
+# Optimizer steps that train a small network well; epochs follow from the dataset's size.
+FLOAT_STEPS, FLOAT_EPOCHS = 4000, (4, 60)
+QAT_STEPS, QAT_EPOCHS = 2500, (2, 30)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,3 +127,9 @@ def width_class(recipe: Recipe) -> str:
     if narrowest < 4:
         return "ternary, 2 and 3 bits"
     return "4 to 7 bits" if narrowest < 8 else "8 bits"
+
+
+def default_epochs(steps_per_epoch: int, *, quantized: bool, factor: int = 1) -> int:
+    """Epochs that give a dataset of this size its step budget, times a factor."""
+    steps, (least, most) = (QAT_STEPS, QAT_EPOCHS) if quantized else (FLOAT_STEPS, FLOAT_EPOCHS)
+    return factor * min(most, max(least, round(steps / steps_per_epoch)))

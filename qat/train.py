@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -14,23 +13,28 @@ import tf_keras
 
 from qat import callbacks as qat_callbacks
 from qat.callbacks.distillation import ends_in_softmax
-from qat.callbacks.guards import TrainingError
+from qat.callbacks.guards import TrainingError, one_line_errors
+from qat.checkpoints import CheckpointFolder, stopping_at_signals
+from qat.distribution import (
+    batch_norm_over_replicas,
+    by_examples,
+    is_chief,
+    require_same_step,
+    split,
+)
 from qat.objective import Objective, classification
 from qat.optimizer import QatAdam, cosine_schedule
+from qat.precision import in_precision
 from qat.reestimate import reestimate_batch_norm
 
 __all__ = [
     "TrainConfig",
     "TrainingData",
     "TrainingError",
-    "default_epochs",
     "ends_in_softmax",
     "fit",
 ]
 
-# Optimizer steps that train a small network well; epochs follow from the dataset's size.
-FLOAT_STEPS, FLOAT_EPOCHS = 4000, (4, 60)
-QAT_STEPS, QAT_EPOCHS = 2500, (2, 30)
 LEARNING_RATE = 1e-3  # of float training
 
 
@@ -66,6 +70,9 @@ class TrainConfig:
         dampening: λ of `qat.callbacks.Dampening`; 0 = none.
         iterative_freezing: last threshold of `qat.callbacks.IterativeFreezing`; 0 = none.
         gradual_bits: stages of `qat.callbacks.GradualBits`, e.g. ((8, 0.2), (4, 0.5)).
+        seed: of the model's random layers, e.g. dropout; data and weights have their own.
+        mixed_precision: type that kernels compute in, see `qat.precision.in_precision`; float16
+            with loss scaling. The model itself stays float32.
         jit_compile: compile the training step with XLA.
         checkpoint_dir: where to keep the last two checkpoints; None = nowhere.
         checkpoint_steps: also between epochs, every so many steps; None = at epochs' ends.
@@ -94,6 +101,8 @@ class TrainConfig:
     dampening: float = 0.0
     iterative_freezing: float = 0.0
     gradual_bits: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    mixed_precision: str = "float32"
     jit_compile: bool = False
     checkpoint_dir: pathlib.Path | None = None
     checkpoint_steps: int | None = None
@@ -109,12 +118,6 @@ class TrainConfig:
                 "iterative_freezing counts flips of integers, and gradual_bits changes these; "
                 "leave one out"
             )
-
-
-def default_epochs(steps_per_epoch: int, *, quantized: bool, factor: int = 1) -> int:
-    """Epochs that give a dataset of this size its step budget, times a factor."""
-    steps, (least, most) = (QAT_STEPS, QAT_EPOCHS) if quantized else (FLOAT_STEPS, FLOAT_EPOCHS)
-    return factor * min(most, max(least, round(steps / steps_per_epoch)))
 
 
 def fit(
@@ -142,35 +145,57 @@ def fit(
         TrainingError: the loss is no longer a number, or a checkpoint cannot be read.
         ValueError: a setting out of range.
     """
-    steps, total = data.steps_per_epoch, config.epochs * data.steps_per_epoch
+    strategy = model.distribute_strategy
+    trained = in_precision(model, config.mixed_precision)
+    with strategy.scope(), batch_norm_over_replicas(trained, strategy), one_line_errors():
+        try:
+            start = _train(trained, data, config, callbacks)
+        finally:
+            if trained is not model:
+                model.set_weights(trained.get_weights())
+        # Not by a callback: a training that was finished before and is resumed calls none.
+        if config.epochs and config.reestimate_batch_norm and config.freeze_batch_norm is None:
+            reestimate_batch_norm(model, data.train_stream(), steps=config.reestimate_batch_norm)
+    return start
+
+
+def _train(
+    model: tf_keras.Model,
+    data: TrainingData,
+    config: TrainConfig,
+    callbacks: Sequence[tf_keras.callbacks.Callback],
+) -> int:
+    strategy, steps = model.distribute_strategy, data.steps_per_epoch
+    total = config.epochs * steps
     _compile(model, config, total)
     scheduled = _scheduled(config, data)
     scheduled += [each for each in callbacks if isinstance(each, qat_callbacks.Scheduled)]
     others = [each for each in callbacks if each not in scheduled]
-    with _of_one_training(scheduled, model, total):
-        manager = _checkpoints(model, config, scheduled)
-        if manager is not None and config.resume:
-            _restore(manager)
-        start = int(model.optimizer.iterations.numpy())
+    saved = config.checkpoint_dir is not None
+    with _of_one_training(scheduled, model, total), stopping_at_signals(saved) as stop:
+        folder = _checkpoints(model, config, scheduled)
+        start = folder.restore() if folder is not None and config.resume else 0
+        require_same_step(start, strategy)
         # What changes the weights comes before what saves them.
-        own = [qat_callbacks.StopAtNan(), *_watchers(config), *scheduled]
-        if manager is not None:
-            own.append(qat_callbacks.Checkpoints(manager, config.checkpoint_steps))
+        own = [qat_callbacks.StopAtNan(), *_watchers(config, data, strategy), *scheduled]
+        if folder is not None:
+            own.append(qat_callbacks.Checkpoints(folder, config.checkpoint_steps, stop))
         for first, last, count in _segments(start, steps, config.epochs):
+            listed = tf_keras.callbacks.CallbackList(
+                [*own, *others], add_history=True, model=model, epochs=last, steps=count
+            )
+            listed._check_timing = False  # a checkpoint takes longer than a step: no news
             model.fit(
-                data.train_stream(first),
+                split(data.train_stream(first), strategy),
                 initial_epoch=first // steps,
                 epochs=last,
                 steps_per_epoch=count,
-                validation_data=data.validation,
-                callbacks=[*own, *others],
-                verbose=1 if sys.stdout.isatty() else 2,
+                validation_data=by_examples(data.validation),
+                callbacks=listed,
+                verbose=0,
             )
             if model.stop_training:
                 break
-    # Not by a callback: a training that was finished before and is resumed calls none.
-    if total and config.reestimate_batch_norm and config.freeze_batch_norm is None:
-        reestimate_batch_norm(model, data.train_stream(), steps=config.reestimate_batch_norm)
     return start
 
 
@@ -197,12 +222,14 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
         losses = qat_callbacks.DistillationLoss(
             config.distill_temperature, config.distill_weight, config.from_logits
         )
+    if config.mixed_precision == "float16":
+        optimizer = tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     model.compile(optimizer, losses, objective.metrics(), jit_compile=config.jit_compile)
 
 
 def _scheduled(config: TrainConfig, data: TrainingData) -> list[qat_callbacks.Scheduled]:
     """The callbacks that the config's fields stand for; widths first, the others see them."""
-    made: list[qat_callbacks.Scheduled] = []
+    made: list[qat_callbacks.Scheduled] = [qat_callbacks.RandomByStep(config.seed)]
     if config.gradual_bits:
         made.append(qat_callbacks.GradualBits(config.gradual_bits))
     if config.teacher is not None:
@@ -241,30 +268,28 @@ def _of_one_training(
 
 def _checkpoints(
     model: tf_keras.Model, config: TrainConfig, scheduled: Sequence[qat_callbacks.Scheduled]
-) -> tf.train.CheckpointManager | None:
+) -> CheckpointFolder | None:
     if config.checkpoint_dir is None:
         return None
     model.optimizer.build(model.trainable_variables)
     states = {type(each).__name__: each.state for each in scheduled if each.state is not None}
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, **states)
-    return tf.train.CheckpointManager(checkpoint, str(config.checkpoint_dir), max_to_keep=2)
+    states.update(model=model, optimizer=model.optimizer)
+    writes = is_chief(model.distribute_strategy)
+    return CheckpointFolder(config.checkpoint_dir, states, resume=config.resume, writes=writes)
 
 
-def _restore(manager: tf.train.CheckpointManager) -> None:
-    try:
-        manager.restore_or_initialize()
-    except (ValueError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(
-            f"{manager.directory} cannot be resumed: it is damaged or of another model: {reason}"
-        ) from error
-
-
-def _watchers(config: TrainConfig) -> list[tf_keras.callbacks.Callback]:
+def _watchers(
+    config: TrainConfig, data: TrainingData, strategy: tf.distribute.Strategy
+) -> list[tf_keras.callbacks.Callback]:
+    """What shows how training does; only the chief shows it."""
+    chief, steps = is_chief(strategy), data.steps_per_epoch
+    made = [qat_callbacks.Progress(config.epochs, steps)] if chief else []
     if config.log_dir is None:
-        return []
-    return [
-        tf_keras.callbacks.TensorBoard(
-            str(config.log_dir), write_graph=False, profile_batch=config.profile_steps or 0
-        )
-    ]
+        return made
+    if chief:
+        profile = config.profile_steps or 0
+        tensorboard = tf_keras.callbacks.TensorBoard
+        made.append(tensorboard(str(config.log_dir), write_graph=False, profile_batch=profile))
+    folder = config.log_dir / "quantization" if chief else None
+    summaries = qat_callbacks.QuantizationSummaries
+    return [*made, summaries(folder, data.validation, steps_per_epoch=steps)]

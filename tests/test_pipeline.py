@@ -18,7 +18,7 @@ from qat.errors import QatError
 from qat.pipeline import Job
 from qat.recipe import Recipe
 from qat.saving import load_recipe_of
-from qat.settings import TrainSettings, recommended
+from qat.settings import TrainSettings, default_epochs, recommended
 from qat.tflite_file import read_file
 
 layers = tf_keras.layers
@@ -312,7 +312,7 @@ def asked(tints, folder, configs, recipe, **options) -> train.TrainConfig:
 def test_a_recipe_is_trained_with_its_settings(tints, tmp_path, configs):
     config, best = asked(tints, tmp_path, configs, "w2a2", qat_epochs=None), recommended("w2a2")
     assert best.distill and config.teacher.name == "cnn5"
-    assert config.epochs == best.epochs_factor * train.default_epochs(4, quantized=True)
+    assert config.epochs == best.epochs_factor * default_epochs(4, quantized=True)
     for name in ("learning_rate", "weight_decay", "distill_weight", "dampening"):
         assert getattr(config, name) == getattr(best, name), name
     assert config.reestimate_batch_norm == best.reestimate_batch_norm > 0

@@ -77,7 +77,9 @@ TRAIN_CALLS = {
     "unknown target": ("--output_dir=new --target=gpu", "target gpu litert tflm"),
     "unknown storage": ("--output_dir=new --weight_storage=zip", "weight_storage zip size speed"),
     "unknown precision": ("--output_dir=new --mixed_precision=int8", "mixed_precision float32"),
-    "unknown distribution": ("--output_dir=new --distribution=tpu", "distribution tpu mirrored"),
+    "unknown distribution": ("--output_dir=new --distribution=gpu", "distribution gpu mirrored"),
+    "no TPU": ("--output_dir=new --distribution=tpu", "distribution tpu TPU"),
+    "no TF_CONFIG": ("--output_dir=new --distribution=multi_worker", "multi_worker TF_CONFIG"),
     "half a profile": ("--output_dir=new --profile_steps=5", "profile_steps 5 10,20"),
     "profile backwards": (
         "--output_dir=new --profile_steps=20,10 --float_epochs=1",

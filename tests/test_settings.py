@@ -10,8 +10,8 @@ import pytest
 
 from qat import settings
 from qat.recipe import Recipe, RecipeError, Rule, TensorSpec
-from qat.settings import RECOMMENDED, TrainSettings, recommended, width_class
-from qat.train import TrainConfig, _scheduled, default_epochs
+from qat.settings import RECOMMENDED, TrainSettings, default_epochs, recommended, width_class
+from qat.train import TrainConfig, _scheduled
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import qat
 from qat.callbacks import IterativeFreezing
 from qat.errors import QatError
-from qat.train import TrainConfig, TrainingError, default_epochs, fit
+from qat.settings import default_epochs
+from qat.train import TrainConfig, TrainingError, fit
 
 MODELS = {"float": float_model, "w4a4": quantized_model}
 

@@ -6,10 +6,13 @@ resumes them bit for bit.
 """
 
 from qat.callbacks.distillation import Distillation, DistillationLoss
-from qat.callbacks.guards import Checkpoints, StopAtNan, TrainingError
+from qat.callbacks.guards import Checkpoints, Interrupted, StopAtNan, TrainingError
 from qat.callbacks.oscillations import Dampening, IterativeFreezing
+from qat.callbacks.progress import Progress
+from qat.callbacks.randomness import RandomByStep
 from qat.callbacks.scheduled import Scheduled
 from qat.callbacks.statistics import FreezeBatchNorm, FreezeRanges, ReestimateBatchNorm
+from qat.callbacks.summaries import QuantizationSummaries
 from qat.callbacks.widths import GradualBits
 
 __all__ = [
@@ -20,7 +23,11 @@ __all__ = [
     "FreezeBatchNorm",
     "FreezeRanges",
     "GradualBits",
+    "Interrupted",
     "IterativeFreezing",
+    "Progress",
+    "QuantizationSummaries",
+    "RandomByStep",
     "ReestimateBatchNorm",
     "Scheduled",
     "StopAtNan",

@@ -50,6 +50,25 @@ def rounded_kernels(model: tf_keras.Model, max_bits: int) -> list[Kernel]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class GridKernel:
+    """A kernel and what puts it on a grid."""
+
+    weight: tf.Variable
+    quantizer: GridQuantizer
+    variables: dict[str, Any]
+
+
+def grid_kernels(model: tf_keras.Model) -> dict[str, GridKernel]:
+    """{variable's name: kernel} of all kernels that a quantizer of ours rounds."""
+    return {
+        weight.name.split(":")[0]: GridKernel(weight, quantizer, variables)
+        for wrapper in _wrappers(model)
+        for weight, quantizer, variables in wrapper._weight_vars
+        if isinstance(quantizer, GridQuantizer)
+    }
+
+
 def uniform_quantizers(model: tf_keras.Model) -> list[tuple[UniformQuantizer, dict[str, Any]]]:
     """Every quantizer that rounds to a uniform grid, of kernels and of activations, once."""
     found: dict[int, tuple[Any, dict[str, Any]]] = {}

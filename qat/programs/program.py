@@ -1,10 +1,12 @@
 """What every program does around its one function: flags, log, exit codes.
 
 0: all was done and verified. 2: the user's mistake, one line on stderr. 1: a bug, with traceback.
+130: Ctrl-C, 143: SIGTERM (128 + the signal's number, as shells report it), one line on stderr.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,6 +46,11 @@ def run(main: Callable[[], int | None], description: str) -> None:
             _exit_with(error)
         except OSError as error:
             _exit_with(f"{error.filename or 'file system'}: {error.strerror or error}")
+        except KeyboardInterrupt as interrupt:
+            message = str(interrupt) or "what was written before is kept"
+            number = getattr(interrupt, "number", signal.SIGINT)
+            print(f"interrupted: {message}", file=sys.stderr)
+            sys.exit(128 + number)
 
     app.run(guarded, flags_parser=parse)
 

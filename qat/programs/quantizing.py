@@ -29,8 +29,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.")
     flags.DEFINE_bool("deterministic", False, "Only kernels that give the same result twice.")
     flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not exactly as it should be.")
-    flags.DEFINE_enum("distribution", "none", ["none", "mirrored", "multi_worker"], "Devices.")
-    flags.DEFINE_enum("mixed_precision", "float32", ["float32"], "Type of the computation.")
+    devices = ["none", "mirrored", "multi_worker", "tpu"]
+    flags.DEFINE_enum("distribution", "none", devices, "One device, all GPUs, machines, a TPU.")
+    precisions = ["float32", "bfloat16", "float16"]
+    flags.DEFINE_enum("mixed_precision", "float32", precisions, "Type of the computation.")
     flags.DEFINE_enum("target", "litert", ["litert", "tflm", "lce"], "Kernels that will run it.")
     flags.DEFINE_enum("io", "float32", ["float32", "int8", "uint8"], "Inputs and outputs.")
     flags.DEFINE_enum("weight_storage", "size", ["size", "speed"], "Smallest, or int8 for speed.")
@@ -62,6 +64,7 @@ def job_fields() -> dict[str, Any]:
         "resume": FLAGS.resume,
         "distill": FLAGS.distill,
         "jit_compile": FLAGS.jit_compile,
+        "mixed_precision": FLAGS.mixed_precision,
         "target": FLAGS.target,
         "io": FLAGS.io,
         "weight_storage": FLAGS.weight_storage,
@@ -71,10 +74,12 @@ def job_fields() -> dict[str, Any]:
     }
 
 
-def finish(report: dict[str, Any]) -> None:
+def finish(report: dict[str, Any] | None) -> None:
     """Prints the report's summary; with --strict, refuses what a release must not have."""
     from qat import report as report_module
 
+    if report is None:  # the chief has it
+        return
     print(report_module.summary(report))
     if FLAGS.strict:
         report_module.require_strict(report)

@@ -113,10 +113,32 @@ def range_shape(tensor_shape, channel_axes: tuple[int, ...] | None) -> list[int]
     return [size if axis in kept else 1 for axis, size in enumerate(tensor_shape)]
 
 
+def over_replicas(minimum: tf.Tensor, maximum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The lowest minimum and the highest maximum of all replicas, each of which calls it.
+
+    So ranges are those of the step's whole batch, on any number of devices. float32, one shape.
+    """
+    context = tf.distribute.get_replica_context()
+    replicas = 1 if context is None else context.num_replicas_in_sync
+    if replicas == 1:
+        return minimum, maximum
+    both = tf.stack([-minimum, maximum])[tf.newaxis]  # one exchange instead of two
+    own = tf.one_hot(context.replica_id_in_sync_group, replicas, on_value=True, off_value=False)
+    own = tf.reshape(own, [replicas] + [1] * (both.shape.rank - 1))
+    # A sum, where each adds to a row of its own: replicas know how to add, and neither maxima
+    # nor (beside other exchanges, in TensorFlow 2.21) to gather.
+    rows = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.where(own, both, 0.0))
+    widest = tf.reduce_max(rows, axis=0)
+    return -widest[0], widest[1]
+
+
 def range_variable(
     layer: tf_keras.layers.Layer, name: str, shape: list[int], initializer: Any = "zeros"
 ) -> tf.Variable:
-    """A float32 variable that training updates but no optimizer does; replicas average it."""
+    """A float32 variable that training updates but no optimizer does.
+
+    Replicas average what they assign; what `over_replicas` gave is equal on all of them.
+    """
     return layer.add_weight(
         name,
         shape=shape,

@@ -10,7 +10,13 @@ import tf_keras
 
 from qat import ranges
 from qat.grid import Grid, affine_grid, symmetric_grid
-from qat.quantizers.base import GridQuantizer, range_shape, range_variable, required
+from qat.quantizers.base import (
+    GridQuantizer,
+    over_replicas,
+    range_shape,
+    range_variable,
+    required,
+)
 from qat.quantizers.rounding import Backward, fake_quantize, in_float32
 
 LEGAL_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -152,7 +158,7 @@ class MovingAverageQuantizer(UniformQuantizer):
     def quantized(self, inputs, training, weights):
         if not training:
             return super().quantized(inputs, training, weights)
-        minimum, maximum = ranges.tensor_range(inputs, self.channel_axes)
+        minimum, maximum = over_replicas(*ranges.tensor_range(inputs, self.channel_axes))
         batch = {"minimum": minimum, "maximum": maximum, "observed": tf.constant(1.0)}
         for key, value in batch.items():
             weights[key].assign(
