@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qat import figures
 from qat.errors import UserError
 
 FILES = (
@@ -19,6 +20,7 @@ FILES = (
     "recipe.json",
     "report.json",
     "report.md",
+    *figures.NAMES,
 )
 FOLDERS = ("checkpoints", "tensorboard")
 

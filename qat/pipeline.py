@@ -19,6 +19,7 @@ from qat import train
 from qat.account import quantization_report
 from qat.apply import quantize_model
 from qat.errors import UserError
+from qat.evidence import with_evidence
 from qat.export.micro import arena_bytes, require_tflite_micro
 from qat.export.target import find_target
 from qat.export.tflite import export_tflite, target_notes
@@ -129,7 +130,13 @@ class _Run:
             arena = arena_bytes(path) if find_target(job.target).arena else None
         with self.timed("verify"):
             found = verify_tflite(path, self.qat_model, self.data.test)
-        report = self.report(found, arena)
+            report = with_evidence(
+                self.report(found, arena),
+                found,
+                self.qat_model,
+                path,
+                weight_storage=job.weight_storage,
+            )
         write_reports(job.output_dir, report)
         drop_checkpoints(job.output_dir)
         return report

@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("distill", None, "Learn from the float model; default: as suits the recipe.")
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.")
     flags.DEFINE_bool("deterministic", False, "Only kernels that give the same result twice.")
-    flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not exactly as it should be.")
+    flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not as a release must be.")
     flags.DEFINE_enum("distribution", "none", ["none", "mirrored", "multi_worker"], "Devices.")
     flags.DEFINE_enum("mixed_precision", "float32", ["float32"], "Type of the computation.")
     flags.DEFINE_enum("target", "litert", ["litert", "tflm", "lce"], "Kernels that will run it.")
@@ -57,7 +57,8 @@ def define_flags() -> None:
 def main() -> int | None:
     """Runs the job that the flags describe; 2 if --strict found a breach."""
     from qat import devices, pipeline, recipe
-    from qat import report as report_module
+    from qat.report import summary
+    from qat.strict import require_strict
 
     devices.prepare(deterministic=FLAGS.deterministic, jit_compile=FLAGS.jit_compile)
     job = pipeline.Job(
@@ -84,9 +85,9 @@ def main() -> int | None:
         strategy=devices.strategy(FLAGS.distribution),
     )
     report = pipeline.run(job)
-    print(report_module.summary(report))
+    print(summary(report))
     if FLAGS.strict:
-        report_module.require_strict(report)
+        require_strict(report)
     return None
 
 
