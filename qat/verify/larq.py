@@ -101,8 +101,8 @@ class LarqRunner(Runner):
     def timings(self, *inputs: np.ndarray, runs: int = 50) -> np.ndarray:
         """As `Runner.timings`, measured inside the process."""
         batch = [self._filled(x[: self.batch_size]) for x in inputs]
-        self._send(batch, runs=runs + WARM_UP)
-        return self._receive()["seconds"][WARM_UP:]
+        self._send(batch, runs=runs + min(runs, WARM_UP))
+        return self._receive()["seconds"][-runs:]
 
     def _invoke(self, batch: list[np.ndarray]) -> list[np.ndarray]:
         self._send(batch, runs=1)

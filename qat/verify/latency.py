@@ -9,7 +9,7 @@ import numpy as np
 
 from qat.verify.larq import open_runner
 
-_MOST_RUNS, _LEAST_RUNS, _SECONDS = 50, 5, 2.0
+_MOST_RUNS, _LEAST_RUNS, _SECONDS = 50, 3, 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Latency:
 def latencies(path: str | os.PathLike) -> list[Latency]:
     """With one thread, then with one for each core; on default kernels and inputs of zeros.
 
-    50 runs, less of a file that takes more than 40 ms: 2 seconds' worth, 5 at least.
+    50 runs, less of a file that takes more than 40 ms: 2 seconds' worth, 3 at least.
 
     Raises:
         FileError, UserError: as `open_runner`.

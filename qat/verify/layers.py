@@ -27,7 +27,7 @@ from qat.tflite_file import FileError, FileModel, FileOperator, FileTensor
 from qat.verify.differences import Difference, difference
 from qat.verify.integer import SimulationError
 from qat.verify.interpreter import Runner
-from qat.verify.points import Codes, KerasCodes, points
+from qat.verify.points import Codes, KerasCodes, absence, points
 from qat.verify.recording import record, recordable, simulate
 
 # Layers that a tensor is named after, in the name of what their operators read.
@@ -144,7 +144,7 @@ class _Comparison:
         self.path = next(r.path for r in runners.values() if isinstance(r, Runner))
         self.keras = KerasCodes(model, points(model, file), inputs)
         self.not_compared = {
-            point.call.layer.name: "no operator of the file writes its name, grid and shape"
+            point.call.layer.name: absence(point, model, file)
             for point in self.keras.points
             if point.tensor is None
         }

@@ -121,6 +121,16 @@ def points(model: tf_keras.Model, file: FileModel) -> list[Point]:
     return found
 
 
+def absence(point: Point, model: tf_keras.Model, file: FileModel) -> str:
+    """Why no tensor of the file can be compared with a point."""
+    if any(tensor.name == f"{_name(point.call.layer)}/sign/bits" for tensor in file.tensors):
+        return "its signs are packed bits, which the check of the integers has compared"
+    integers = any(tensor.dtype != "float32" for tensor in file.inputs)
+    if integers and any(point.call.inputs[0] is tensor for tensor in model.inputs):
+        return "the file takes its codes as they are"
+    return "no operator of the file writes a tensor with its name, grid and shape"
+
+
 def _tensor(name: str, tensors: list[FileTensor], layers: set[str]) -> FileTensor | None:
     """The last of the tensors that one call writes under this name."""
     pattern = re.compile(f"({re.escape(name)}{_NUMBER}){_LATER}")
