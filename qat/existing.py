@@ -13,6 +13,7 @@ import tf_keras
 from qat import data as qat_data
 from qat.arrays import ArrayData, load_arrays
 from qat.errors import ModelError, UserError
+from qat.job import QatJob
 from qat.loading import load_model
 from qat.model_images import ModelImages
 from qat.objective import (
@@ -24,7 +25,7 @@ from qat.objective import (
     takes_labels,
 )
 from qat.pipeline import PIXEL_RANGE
-from qat.qat_run import QatJob, QatRun, run_in_folder
+from qat.qat_run import QatRun, run_in_folder
 from qat.settings import TrainSettings
 from qat.verify.larq import open_runner
 

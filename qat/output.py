@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import logging
 
+from qat import figures
 from qat.errors import UserError
 from qat.files import write_whole
 
@@ -26,6 +27,7 @@ FILES = (
     "recipe.json",
     "report.json",
     "report.md",
+    *figures.NAMES,
 )
 FOLDERS = ("checkpoints", "tensorboard")
 

@@ -13,7 +13,8 @@ from qat import train
 from qat.distribution import local
 from qat.errors import UserError
 from qat.float_model import load_float_model, save_float_model
-from qat.qat_run import QatJob, QatRun, run_in_folder
+from qat.job import QatJob
+from qat.qat_run import QatRun, run_in_folder
 from qat.settings import default_epochs
 
 PIXEL_RANGE = (0.0, 255.0)

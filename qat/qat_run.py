@@ -21,23 +21,20 @@ from qat.account import quantization_report
 from qat.apply import quantize_model
 from qat.distribution import is_chief, local
 from qat.errors import UserError
+from qat.evidence import with_evidence
 from qat.export.micro import arena_bytes, require_tflite_micro
 from qat.export.target import find_target
 from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
+from qat.job import QatJob
 from qat.objective import Objective
 from qat.output import begin, drop_checkpoints, run_folder
-from qat.recipe import Recipe
 from qat.recommended import train_quantized
 from qat.report import write_reports
 from qat.saving import load_quantized_model, load_recipe_of, save_model
-from qat.settings import TrainSettings, recommended
+from qat.settings import TrainSettings
 from qat.verify import larq
 from qat.verify.compare import Verification, verify_tflite
-
-# What a resumed run may change: fields of a job that no trained weight depends on.
-_FREE = "output_dir data_dir resume io target weight_storage strategy".split()
-_FREE += ["checkpoint_steps", "profile_steps", "custom_objects", "allow_unsafe_deserialization"]
 
 
 class EvaluatedData(train.TrainingData, Protocol):
@@ -45,44 +42,6 @@ class EvaluatedData(train.TrainingData, Protocol):
 
     name: str  # for the report
     test: tf.data.Dataset
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QatJob:
-    """What every program that quantizes is told; see `qat-train --help` for each field's meaning.
-
-    settings: of the quantized training; None = `qat.settings.recommended(recipe)`. qat_epochs,
-    qat_learning_rate and distill override them.
-    """
-
-    recipe: Recipe
-    output_dir: pathlib.Path
-    data_dir: str | None = None
-    qat_epochs: int | None = None
-    batch_size: int = 64
-    qat_learning_rate: float | None = None
-    seed: int = 0
-    resume: bool = False
-    distill: bool | None = None
-    settings: TrainSettings | None = None
-    jit_compile: bool = False
-    mixed_precision: str = "float32"
-    target: str = "litert"
-    io: str = "float32"
-    weight_storage: str = "size"
-    checkpoint_steps: int | None = None
-    profile_steps: tuple[int, int] | None = None
-    strategy: tf.distribute.Strategy = dataclasses.field(default_factory=tf.distribute.get_strategy)
-
-    def flags(self) -> dict[str, str]:
-        """All that the trained weights depend on, by the names of the program's flags."""
-        return {name: str(value) for name, value in vars(self).items() if name not in _FREE}
-
-    def qat_settings(self) -> TrainSettings:
-        """How the quantized model is trained."""
-        overrides = {"learning_rate": self.qat_learning_rate, "distill": self.distill}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return dataclasses.replace(self.settings or recommended(self.recipe), **given)
 
 
 def run_in_folder(job: QatJob, kind: type[QatRun]) -> dict[str, Any] | None:
@@ -94,7 +53,7 @@ def run_in_folder(job: QatJob, kind: type[QatRun]) -> dict[str, Any] | None:
     Raises:
         DataError, RecipeError, UnsupportedLayerError, ExportError, TrainingError, UserError.
     """
-    if job.io != "float32" and _has_bits(job.recipe, 16):
+    if job.io != "float32" and job.has_bits(16):
         raise UserError(f"--io={job.io} holds 8 bits; recipe {job.recipe.name} needs --io=float32")
     if find_target(job.target).arena:
         require_tflite_micro()
@@ -148,7 +107,13 @@ class QatRun:
             arena = arena_bytes(path) if find_target(job.target).arena else None
         with self.timed("verify"):
             found = verify_tflite(path, self.qat_model, self.data.test)
-        report = self.report(found, arena) | self.more(path)
+            report = with_evidence(
+                self.report(found, arena) | self.more(path),
+                found,
+                self.qat_model,
+                path,
+                weight_storage=job.weight_storage,
+            )
         write_reports(job.output_dir, report)
         drop_checkpoints(job.output_dir)
         return report
@@ -286,8 +251,3 @@ def _accuracy(model: tf_keras.Model, dataset: tf.data.Dataset) -> float:
     for x, y in dataset:
         metric.update_state(y, predict(x))
     return float(metric.result())
-
-
-def _has_bits(recipe: Recipe, bits: int) -> bool:
-    specs = [spec for rule in recipe.rules for spec in (rule.weights, rule.activations)]
-    return any(spec is not None and spec.bits == bits for spec in specs)

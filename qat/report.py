@@ -1,4 +1,4 @@
-"""report.json for machines and report.md for people; both appear whole or not at all."""
+"""report.json for machines and report.md with its figures for people; each appears whole or not."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import jinja2
 
-from qat.errors import UserError
+from qat.figures import MISSING, figures
 from qat.files import write_whole
 
 SCHEMA_VERSION = 1
-STRICT_AGREEMENT = 0.99
 
 
 def write_reports(folder: str | os.PathLike, report: dict[str, Any]) -> None:
-    """Writes report.json and report.md into the folder.
+    """Writes report.json, report.md and, where matplotlib is installed, its figures.
 
     Args:
         report: the keys of report.json but schema_version; infinite numbers become null.
@@ -28,7 +27,11 @@ def write_reports(folder: str | os.PathLike, report: dict[str, Any]) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qat"), trim_blocks=True, lstrip_blocks=True
     )
-    text = environment.get_template("report.md.j2").render(**report)
+    drawn = figures(report)
+    for name, content in (drawn or {}).items():
+        write_whole(folder / name, content)
+    no_figures = MISSING if drawn is None else None
+    text = environment.get_template("report.md.j2").render(**report, no_figures=no_figures)
     write_whole(folder / "report.md", text.encode())
 
 
@@ -54,20 +57,6 @@ def summary(report: dict[str, Any]) -> str:
         f"{'match' if report['integers_match'] else 'DIFFER'}; float operators: "
         f"{', '.join(tflite['float_operators']) or 'none'}"
     )
-
-
-def require_strict(report: dict[str, Any]) -> None:
-    """Raises UserError for the first thing in a report that a release must not have."""
-    agreement = report["agreement"]
-    if not report["integers_match"]:
-        raise UserError("--strict: the file's integers differ from the model's")
-    if report["tflite"]["float_operators"]:
-        names = ", ".join(report["tflite"]["float_operators"])
-        raise UserError(f"--strict: these operators compute in float: {names}")
-    if agreement is not None and agreement < STRICT_AGREEMENT:
-        raise UserError(
-            f"--strict: file and model agree on {agreement:.4f}, below {STRICT_AGREEMENT}"
-        )
 
 
 def to_json(content: dict[str, Any]) -> bytes:

@@ -70,12 +70,16 @@ class FileModel:
         """
         return [op.name for op in self.operators if _is_float(op) and not self._boundary(op)]
 
+    def weight_reads(self) -> list[tuple[FileOperator, FileTensor, FileTensor]]:
+        """(operator, the kernel or bias that it reads, the constant that this is unpacked from)."""
+        unpacked = self.unpacked_constants()
+        read = [(op, tensor) for op in self.operators for tensor in _kernel_and_bias(op)]
+        found = [(op, tensor, unpacked.get(tensor.name, tensor)) for op, tensor in read]
+        return [(op, tensor, stored) for op, tensor, stored in found if stored.bytes]
+
     def weights(self) -> list[FileTensor]:
         """All kernels and biases: constants, packed or not, of operators that have kernels."""
-        unpacked = self.unpacked_constants()
-        read = [tensor for op in self.operators for tensor in _kernel_and_bias(op)]
-        found = [unpacked.get(tensor.name, tensor) for tensor in read]
-        return [tensor for tensor in found if tensor.bytes]
+        return [stored for _, _, stored in self.weight_reads()]
 
     def weight_bytes(self) -> int:
         """Packed bytes of all weights."""

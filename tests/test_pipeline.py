@@ -12,7 +12,7 @@ import tf_keras
 
 import models
 import qat
-from qat import pipeline, train
+from qat import pipeline, strict, train
 from qat import recommended as recommended_module
 from qat.errors import QatError
 from qat.pipeline import Job
@@ -30,6 +30,8 @@ OUTPUTS = {
     "recipe.json",
     "report.json",
     "report.md",
+    "differences.png",
+    "bytes.png",
     "tensorboard",
 }
 
@@ -146,7 +148,19 @@ SCHEMA = {
         "arena_bytes": type(None),
         "notes": dict,
         "io": str,
+        "weight_storage": str,
+        "weights": list,
+        "bytes_by_layer": dict,
+        "latency": {"machine": str, "interpreter": str, "measurements": list},
+        "storages": {"size": dict, "speed": dict},
     },
+    "mismatches": list,
+    "comparison": list,
+    "comparison_examples": int,
+    "output_comparison": dict,
+    "first_departure": dict,
+    "beyond_rounding": dict,
+    "not_compared": dict,
     "qat_settings": dict,
     "layers": list,
     "seconds": {"float_training": float, "qat_training": float, "export": float, "verify": float},
@@ -190,6 +204,30 @@ def test_the_report_says_what_ran(run):
     assert report["qat_settings"] == recommended(folder.name).to_dict()
     parameters = models.build("cnn5", SHAPE, CLASSES).count_params()
     assert report["tflite"]["float_model_bytes"] == 4 * parameters
+
+
+def test_the_report_has_evidence_that_a_release_can_hang_on(run):
+    """Every pair is compared on every layer, and the figures go with the files made here."""
+    folder, report = run[0], report_of(run[0])
+    assert report["not_compared"] == {} and report["comparison_examples"] == 40
+    assert report["mismatches"] == []
+    layers = {row["layer"] for row in report["comparison"]}
+    assert {"conv1", "conv2", "pool", "logits"} <= layers
+    assert report["first_departure"]["reference_simulator"] is None
+    tflite = report["tflite"]
+    assert sum(row["bytes"] for row in tflite["weights"]) == tflite["weight_bytes"]
+    assert sum(tflite["bytes_by_layer"].values()) == tflite["weight_bytes"]
+    model = qat.load_quantized_model(folder / "qat_model.keras")
+    for storage, figures in tflite["storages"].items():
+        path = folder.parent / f"{folder.name}_{storage}.tflite"
+        qat.export_tflite(model, path, weight_storage=storage)
+        assert figures["bytes"] == path.stat().st_size
+        assert figures["weight_bytes"] == read_file(path).weight_bytes()
+        for latency in (*figures["latency"], *tflite["latency"]["measurements"]):
+            low, high = latency["quartile_seconds"]
+            assert 0 < low <= latency["median_seconds"] <= high < 1
+    assert {latency["threads"] for latency in tflite["latency"]["measurements"]} >= {1}
+    strict.require_strict(report)
 
 
 def test_the_layers_are_those_of_the_float_model(run):

@@ -9,7 +9,6 @@ import stat
 import pytest
 
 from qat import report as qat_report
-from qat.errors import QatError
 from qat.report import to_json, write_reports
 
 LAYER = {
@@ -168,7 +167,7 @@ def test_the_umask_decides_who_may_read(mask, mode, tmp_path):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
-# ---------------------------------------------------------------- summary and --strict
+# ---------------------------------------------------------------- summary
 
 
 def test_the_summary_has_the_three_accuracies(tmp_path):
@@ -177,22 +176,3 @@ def test_the_summary_has_the_three_accuracies(tmp_path):
         assert part in text
     assert "integers match" in text and "float operators: none" in text
     assert "DIFFER" in qat_report.summary(report(integers_match=False))
-
-
-def test_strict_takes_a_clean_report():
-    qat_report.require_strict(report())
-    qat_report.require_strict(report(agreement=None))
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    (
-        ({"integers_match": False}, "integers"),
-        ({"tflite": REPORT["tflite"] | {"float_operators": ["EXP"]}}, "EXP"),
-        ({"agreement": 0.9}, "0.9000"),
-    ),
-)
-def test_strict_refuses_what_a_release_must_not_have(changes, named):
-    with pytest.raises(QatError, match=named) as error:
-        qat_report.require_strict(report(**changes))
-    assert str(error.value).startswith("--strict: ")

@@ -65,7 +65,7 @@ def test_every_field(model, paths, pixels, io):
     expected, actual = model(pixels, training=False).numpy(), reals(paths[io], pixels)
     labels = actual.argmax(1)
     labels[::3] = (labels[::3] + 1) % 10  # some wrong ones
-    found = qat.verify_tflite(paths[io], model, dataset(pixels, labels))
+    found = qat.verify_tflite(paths[io], model, dataset(pixels, labels), layer_examples=0)
     assert found.integers_match and found.mismatches == []
     assert found.num_examples == 50
     assert found.agreement == (actual.argmax(1) == expected.argmax(1)).mean()
@@ -92,7 +92,7 @@ def test_every_field(model, paths, pixels, io):
 
 
 def test_without_labels(model, paths, pixels):
-    found = qat.verify_tflite(paths["float32"], model, dataset(pixels))
+    found = qat.verify_tflite(paths["float32"], model, dataset(pixels), layer_examples=0)
     assert found.accuracy is None and found.model_accuracy is None
     assert found.agreement is not None and found.num_examples == 50
 
@@ -100,14 +100,14 @@ def test_without_labels(model, paths, pixels):
 def test_batches_of_one_element_tuples(model, paths, pixels):
     """What `from_tensor_slices((x,))` gives, as Keras and qat.calibrate take it."""
     batches = tf.data.Dataset.from_tensor_slices((pixels,)).batch(16)
-    found = qat.verify_tflite(paths["float32"], model, batches)
+    found = qat.verify_tflite(paths["float32"], model, batches, layer_examples=0)
     assert found.num_examples == 50 and found.accuracy is None
 
 
 def test_a_file_of_another_model(paths, pixels):
     net = small_models.model_of(lambda x: classifier(layers.Rescaling(1 / 255)(x)), IMAGE, seed=9)
     other = small_models.quantized(net, "w4a8", [pixels], input_range=(0, 255))
-    found = qat.verify_tflite(paths["float32"], other, dataset(pixels))
+    found = qat.verify_tflite(paths["float32"], other, dataset(pixels), layer_examples=0)
     assert not found.integers_match
     assert any("conv/kernel" in line for line in found.mismatches)
     assert found.agreement < 0.6
@@ -127,7 +127,7 @@ def test_several_outputs(tmp_path):
     net = small_models.model_of(build, (6, 6, 2))
     model, (x,) = small_models.quantized(net), small_models.data_for(net)
     path = qat.export_tflite(model, tmp_path / "two.tflite")
-    found = qat.verify_tflite(path, model, dataset(x))
+    found = qat.verify_tflite(path, model, dataset(x), layer_examples=0)
     assert found.agreement is None and found.integers_match
     file = read_file(path)
     steps, ratios = [], []
@@ -155,7 +155,7 @@ def test_several_inputs(tmp_path, io):
     model = small_models.quantized(net, "w8a8", data)
     path = qat.export_tflite(model, tmp_path / "two.tflite", io=io)
     batches = dataset(tuple(data), np.zeros(32, np.int64))
-    found = qat.verify_tflite(path, model, batches)
+    found = qat.verify_tflite(path, model, batches, layer_examples=0)
     assert found.max_output_difference_lsb <= 3
     assert found.output_snr_db > 25
 

@@ -18,13 +18,14 @@ from qat import data as qat_data
 from qat.apply import quantize_model
 from qat.benchmark import networks, peers, plot, table
 from qat.benchmark.candidate import Candidate
-from qat.benchmark.machine import machine, versions
 from qat.benchmark.plan import Plan, Run, runs
 from qat.benchmark.store import Store
 from qat.benchmark.tfmot import PeerError
 from qat.errors import UserError
+from qat.figures import MISSING
 from qat.files import write_whole
 from qat.float_model import load_float_model, save_float_model
+from qat.machine import machine, versions
 from qat.report import to_json
 from qat.train import TrainingError
 
@@ -155,7 +156,7 @@ class _Benchmark:
         title = f"{plan.terms.model} on {self.data.spec.name}, {plan.split}"
         picture = plot.accuracy_png(rows, title)
         if picture is None:
-            print(plot.MISSING)
+            print(MISSING)
         else:
             write_whole(plan.output_dir / f"{name}.png", picture)
         return content

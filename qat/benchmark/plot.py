@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from qat.benchmark.plan import SAME_EPOCHS
+from qat.figures import png
 
-MISSING = "no plot: matplotlib is not installed; python -m pip install 'qat-tflite[plots]'"
 # Colours that differ in lightness too, after Okabe and Ito.
 _COLOURS = {
     "float": "#000000",
@@ -45,9 +44,7 @@ def accuracy_png(rows: Sequence[dict[str, Any]], title: str) -> bytes | None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
     axes.margins(x=0.15)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return png(figure)
 
 
 def _floor(rows: Sequence[dict[str, Any]]) -> float:

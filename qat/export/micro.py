@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -56,13 +57,12 @@ def micro_check(content: bytes) -> int:
         trial = _Trial(pathlib.Path(folder), content)
         written = [tensor for operator in trial.file.operators for tensor in operator.outputs]
         answer = trial.record(written)
-        arena = trial.arena()
     expected = _reference(content, trial.inputs, [trial.index[id(tensor)] for tensor in written])
     for operator in trial.file.operators:
         for tensor in operator.outputs:
             number = trial.index[id(tensor)]
             _require_equal(operator, answer[f"tensor_{number}"], expected[number])
-    return arena
+    return _arena(content)
 
 
 def arena_bytes(path: str | os.PathLike) -> int:
@@ -75,8 +75,13 @@ def arena_bytes(path: str | os.PathLike) -> int:
         ExportError: tflite-micro is not installed, or refuses the file.
         FileError: the file cannot be read.
     """
+    return _arena(read_bytes(os.fspath(path)))
+
+
+@functools.lru_cache(maxsize=1)  # the export asks, then the report of the same file
+def _arena(content: bytes) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        return _Trial(pathlib.Path(folder), read_bytes(os.fspath(path))).arena()
+        return _Trial(pathlib.Path(folder), content).arena()
 
 
 class _Trial:

@@ -12,7 +12,7 @@ from qat.export.c_source import c_sources
 from qat.export.containers import require_weight_storage
 from qat.export.convert import IO_TYPES, convert
 from qat.export.flatbuffer import to_bytes
-from qat.export.graph import ExportError
+from qat.export.graph import ExportError, Graph
 from qat.export.micro import micro_check
 from qat.export.target import LCE, find_target
 from qat.files import write_together
@@ -61,8 +61,7 @@ def export_tflite(
     require_weight_storage(weight_storage)
     path = pathlib.Path(path)
     # 1. Constants and operators.
-    graph = convert(model, io=io, weight_storage=weight_storage, target=kernels)
-    content = to_bytes(graph, description=f"qat: {model.name}")
+    graph, content = unchecked(model, target=target, io=io, weight_storage=weight_storage)
     files = {path: content}
     if kernels.arena:
         files |= c_sources(path, content, graph, micro_check(content))
@@ -72,6 +71,14 @@ def export_tflite(
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror}") from error
     return path
+
+
+def unchecked(
+    model: tf_keras.Model, *, target: str, io: str, weight_storage: str
+) -> tuple[Graph, bytes]:
+    """The operators and bytes of the file that `export_tflite` checks and writes."""
+    graph = convert(model, io=io, weight_storage=weight_storage, target=find_target(target))
+    return graph, to_bytes(graph, description=f"qat: {model.name}")
 
 
 def target_notes(model: tf_keras.Model, target: str) -> dict[str, str]:

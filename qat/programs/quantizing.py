@@ -28,7 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("distill", None, "Learn from the float model; default: as suits the recipe.")
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.")
     flags.DEFINE_bool("deterministic", False, "Only kernels that give the same result twice.")
-    flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not exactly as it should be.")
+    flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not as a release must be.")
     devices = ["none", "mirrored", "multi_worker", "tpu"]
     flags.DEFINE_enum("distribution", "none", devices, "One device, all GPUs, machines, a TPU.")
     precisions = ["float32", "bfloat16", "float16"]
@@ -49,7 +49,7 @@ def finite(name: str) -> None:
 
 
 def job_fields() -> dict[str, Any]:
-    """The fields of `qat.pipeline.QatJob` that the flags give; prepares TensorFlow for them."""
+    """The fields of `qat.job.QatJob` that the flags give; prepares TensorFlow for them."""
     from qat import devices, recipe
 
     devices.prepare(deterministic=FLAGS.deterministic, jit_compile=FLAGS.jit_compile)
@@ -76,13 +76,14 @@ def job_fields() -> dict[str, Any]:
 
 def finish(report: dict[str, Any] | None) -> None:
     """Prints the report's summary; with --strict, refuses what a release must not have."""
-    from qat import report as report_module
+    from qat.report import summary
+    from qat.strict import require_strict
 
     if report is None:  # the chief has it
         return
-    print(report_module.summary(report))
+    print(summary(report))
     if FLAGS.strict:
-        report_module.require_strict(report)
+        require_strict(report)
 
 
 def _is_finite(value: float | None) -> bool:

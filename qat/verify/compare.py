@@ -9,11 +9,17 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from qat.errors import QatError
 from qat.integers import integer_mismatches
-from qat.tflite_file import FileError, FileModel, read_file
-from qat.verify.interpreter import Codes
+from qat.tflite_file import FileError, read_file
+from qat.verify.differences import Difference
+from qat.verify.interpreter import Runner
 from qat.verify.larq import open_runner
+from qat.verify.latency import Latency, latencies
+from qat.verify.layers import LayerComparison, affordable_examples, compare_layers
+from qat.verify.outputs import Runs, run_all
+
+# What the reference kernels run for the outputs: so many examples, or multiplications' worth.
+_MOST_EXAMPLES, _MOST_MULTIPLICATIONS = 1000, 10**10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,10 @@ class Verification:
         operators: {operator: count}. float_operators: names of those that compute in float.
         bytes: of the file. weight_bytes, float_weight_bytes: kernels and biases, packed and as
             float32.
+        outputs: {output: {pair: how far apart}}, of outputs that lie on a grid; on all examples,
+            those on the reference kernels on as many as they compute in seconds.
+        layers: the tensors in between, on `layer_examples`.
+        latency: of the default kernels.
     """
 
     integers_match: bool
@@ -49,17 +59,26 @@ class Verification:
     bytes: int
     weight_bytes: int
     float_weight_bytes: int
+    outputs: dict[str, dict[str, Difference]]
+    layers: LayerComparison
+    latency: list[Latency]
 
 
 def verify_tflite(
-    path: str | os.PathLike, model: tf_keras.Model, dataset: tf.data.Dataset
+    path: str | os.PathLike,
+    model: tf_keras.Model,
+    dataset: tf.data.Dataset,
+    *,
+    layer_examples: int = 64,
 ) -> Verification:
-    """Runs the file and the model over a dataset and compares integers, classes and outputs.
+    """Runs the file and the model over a dataset and compares integers, classes and codes.
 
     Args:
         path: of the .tflite file.
         model: the quantized Keras model that it was exported from.
         dataset: batches of x or (x, y); x float32 in the model's input units.
+        layer_examples: on how many, at most, every layer is compared between the model, the file on
+            default and on reference kernels, and the integer simulator (`qat.verify.layers`).
 
     Raises:
         FileError: the file cannot be read or run, or does not fit the data or the model.
@@ -68,91 +87,57 @@ def verify_tflite(
     """
     file, runner = read_file(path), open_runner(path)
     mismatches = integer_mismatches(model, file)
-    predict = tf.function(lambda x: model(x, training=False))
-    from_file, from_model, labels = [], [], []
-    for batch in dataset:
-        x, y = (*batch, None)[:2] if isinstance(batch, tuple) else (batch, None)
-        x = tf.nest.flatten(x)
-        from_file.append(runner.run(*(tensor.numpy() for tensor in x)))
-        outputs = tf.nest.flatten(predict(x if len(x) > 1 else x[0]))
-        from_model.append([output.numpy().astype(np.float32) for output in outputs])
-        _require_same_shapes(path, from_file[-1], from_model[-1])
-        labels.append(None if tf.nest.is_nested(y) or y is None else np.asarray(y))
-    if not labels:
-        raise QatError("the dataset to verify on is empty")
-    outputs = [
-        _Output(
-            dataclasses.replace(same[0], codes=np.concatenate([part.codes for part in same])),
-            np.concatenate(real),
-        )
-        for same, real in zip(
-            zip(*from_file, strict=True), zip(*from_model, strict=True), strict=True
-        )
-    ]
-    return _verification(path, file, mismatches, outputs, labels)
-
-
-def _require_same_shapes(path, of_file: list[Codes], of_model: list[np.ndarray]) -> None:
-    shapes = [output.codes.shape for output in of_file]
-    if shapes != [output.shape for output in of_model]:
-        expected = ", ".join(str(output.shape) for output in of_model)
-        raise FileError(
-            f"{path} is not of this model: for a batch it gives {', '.join(map(str, shapes))}, the "
-            f"model {expected}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """One output of file and model over all examples."""
-
-    file: Codes
-    model: np.ndarray
-
-    def snr_db(self) -> float:
-        model = self.model.astype(np.float64)
-        noise = np.square(model - self.file.values).sum()
-        signal = np.square(model - model.mean(axis=0)).sum()
-        return float(10 * np.log10(signal / noise)) if noise and signal else float("inf")
-
-
-def _verification(
-    path, file: FileModel, mismatches, outputs: list[_Output], labels
-) -> Verification:
-    single = len(outputs) == 1 and outputs[0].model.ndim == 2 and outputs[0].model.shape[1] > 1
-    agreement = accuracy = model_accuracy = None
-    if single:
-        of_file = outputs[0].file.values.argmax(1)
-        of_model = outputs[0].model.argmax(1)
-        agreement = float((of_file == of_model).mean())
-        if labels[0] is not None and labels[0].ndim == 1:
-            truth = np.concatenate(labels)
-            accuracy = float((of_file == truth).mean())
-            model_accuracy = float((of_model == truth).mean())
+    most = affordable_examples(file, _MOST_EXAMPLES, _MOST_MULTIPLICATIONS)
+    runs = run_all(runner, file, model, dataset, keep=most)
+    layers = LayerComparison(examples=0, rows=[], not_compared={})
+    on_reference = None
+    if layer_examples:
+        reference, on_reference = _on_reference(path, runs.inputs)
+        inputs = [x[: affordable_examples(file, layer_examples)] for x in runs.inputs]
+        layers = compare_layers(model, file, {"default": runner, "reference": reference}, inputs)
+    outputs = {
+        output.name: output.differences(None if on_reference is None else on_reference[number])
+        for number, output in enumerate(runs.outputs)
+    }
+    on_grids = [pairs["keras_default"].largest for pairs in outputs.values() if pairs]
     return Verification(
         integers_match=not mismatches,
         mismatches=mismatches,
-        num_examples=len(outputs[0].model),
-        agreement=agreement,
-        accuracy=accuracy,
-        model_accuracy=model_accuracy,
-        output_snr_db=min(output.snr_db() for output in outputs),
-        max_output_difference_lsb=_largest_difference(file, outputs),
+        num_examples=len(runs.outputs[0].keras),
+        **_classes(runs),
+        output_snr_db=min(output.snr_db() for output in runs.outputs),
+        max_output_difference_lsb=max(on_grids, default=None),
         operators=file.operator_counts(),
         float_operators=file.float_operators(),
         bytes=os.path.getsize(path),
         weight_bytes=file.weight_bytes(),
         float_weight_bytes=file.float_weight_bytes(),
+        outputs=outputs,
+        layers=layers,
+        latency=latencies(path),
     )
 
 
-def _largest_difference(file: FileModel, outputs: list[_Output]) -> int | None:
-    """Of all outputs that lie on a grid; a float output lies on that of its DEQUANTIZE."""
-    steps = []
-    for tensor, output in zip(file.outputs, outputs, strict=True):
-        source = next((op.inputs[0] for op in file.operators if op.outputs[0] is tensor), tensor)
-        scale = tensor.scale if len(tensor.scale) else source.scale
-        if len(scale):
-            difference = np.abs(output.file.values.astype(float) - output.model) / float(scale[0])
-            steps.append(int(np.rint(difference.max())))
-    return max(steps) if steps else None
+def _on_reference(
+    path: str | os.PathLike, inputs: list[np.ndarray]
+) -> tuple[Runner | FileError, list[np.ndarray] | None]:
+    """The file on the reference kernels, or why there is none, and its outputs in reals."""
+    try:
+        runner = open_runner(path, kernels="reference")
+        return runner, [output.values for output in runner.run(*inputs)]
+    except FileError as error:
+        return error, None
+
+
+def _classes(runs: Runs) -> dict[str, float | None]:
+    """Agreement and accuracies; None unless there is one vector of classes, and without labels."""
+    found = dict.fromkeys(("agreement", "accuracy", "model_accuracy"))
+    output, labels = runs.outputs[0], runs.labels
+    if len(runs.outputs) == 1 and output.keras.ndim == 2 and output.keras.shape[1] > 1:
+        of_file, of_model = output.default.argmax(1), output.keras.argmax(1)
+        found["agreement"] = float((of_file == of_model).mean())
+        if labels[0] is not None and labels[0].ndim == 1:
+            truth = np.concatenate(labels)
+            found["accuracy"] = float((of_file == truth).mean())
+            found["model_accuracy"] = float((of_model == truth).mean())
+    return found

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -101,15 +102,20 @@ class Simulator:
             SimulationError: an operator, type or option that is not covered (the module's
                 docstring lists them), a file that LiteRT refuses, inputs that do not fit.
         """
-        values = self._values(inputs)
+        values = self._values(inputs, {})
         missing = [tensor.name for i, tensor in self._named(self._model.outputs) if i not in values]
         if missing:
             raise SimulationError(f"no operator writes the output {missing[0]!r}")
         return [values[i] for i in self._model.outputs]
 
-    def tensors(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """{name: codes} of the inputs and of everything that an operator writes; see `run`."""
-        values = self._values(inputs)
+    def tensors(
+        self, *inputs: np.ndarray, given: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """{name: codes} of the inputs and of everything that an operator writes; see `run`.
+
+        given: codes that operators read in the place of what others have written, by name.
+        """
+        values = self._values(inputs, given or {})
         names = {i: self._model.tensors[i].name for i in values}
         if len(set(names.values())) < len(names):
             raise SimulationError("several tensors of the file have the same name")
@@ -121,7 +127,9 @@ class Simulator:
     def _named(self, indices: tuple[int, ...]) -> list[tuple[int, Tensor]]:
         return list(zip(indices, self._tensors(indices), strict=True))
 
-    def _values(self, inputs: tuple[np.ndarray, ...]) -> dict[int, np.ndarray]:
+    def _values(
+        self, inputs: tuple[np.ndarray, ...], given: Mapping[str, np.ndarray]
+    ) -> dict[int, np.ndarray]:
         """{index: codes} of all tensors but the constants."""
         if len(inputs) != len(self.inputs):
             raise SimulationError(f"the file has {len(self.inputs)} inputs, got {len(inputs)}")
@@ -129,15 +137,19 @@ class Simulator:
             i: _checked(tensor, codes)
             for (i, tensor), codes in zip(self._named(self._model.inputs), inputs, strict=True)
         }
+        written = dict(values)
         with np.errstate(all="ignore"):
             for number, operator in enumerate(self._model.operators):
                 try:
-                    values |= self._results(operator, values)
+                    results = self._results(operator, values)
                 except (ArithmeticError, IndexError, MemoryError, TypeError, ValueError) as error:
                     place = f"operator {number} ({operator.name})"
                     reason = " ".join(str(error).split())
                     raise SimulationError(f"{place} {reason}") from error
-        return values
+                written |= results
+                names = {i: self._model.tensors[i].name for i in results}
+                values |= {i: given.get(names[i], codes) for i, codes in results.items()}
+        return written
 
     def _results(self, operator: Operator, values: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         if operator.name not in _KERNELS:

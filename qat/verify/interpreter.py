@@ -22,6 +22,7 @@ KERNELS = {
     "reference": OpResolverType.BUILTIN_REF,
 }
 TRIAL_SECONDS = 30
+WARM_UP = 5  # invocations before the clock counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Runner:
     def __init__(
         self, path: str | os.PathLike, *, kernels: str = "default", threads: int | None = None
     ):
-        self.path = os.fspath(path)
+        self.path, self.kernels = os.fspath(path), kernels
         content = read_bytes(self.path)
         objection = _objection(content, KERNELS[kernels].name)
         if objection:
@@ -101,13 +102,17 @@ class Runner:
 
     def latency(self, *inputs: np.ndarray, runs: int = 50) -> float:
         """Median seconds of one invocation, after warming up."""
+        return float(np.median(self.timings(*inputs, runs=runs)))
+
+    def timings(self, *inputs: np.ndarray, runs: int = 50) -> np.ndarray:
+        """Seconds of each of so many invocations, after warming up: 5 more, or `runs` if less."""
         batch = [self._filled(x[: self.batch_size]) for x in inputs]
         seconds = []
-        for _ in range(runs + 5):
+        for _ in range(runs + min(runs, WARM_UP)):
             start = time.perf_counter()
             self._invoke(batch)
             seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds[5:]))
+        return np.asarray(seconds[-runs:])
 
     def _filled(self, x: np.ndarray) -> np.ndarray:
         missing = self.batch_size - len(x)
@@ -141,12 +146,17 @@ class Runner:
             raise FileError(
                 f"{self.path}: input {detail['name']!r} has shape {expected}, the data {x.shape}"
             )
-        if not np.issubdtype(detail["dtype"], np.integer):
-            return x.astype(detail["dtype"])
-        scale, zero_point = _quantization(detail)
-        limits = np.iinfo(detail["dtype"])
-        codes = np.rint(x.astype(np.float64) / scale) + zero_point
-        return np.clip(codes, limits.min, limits.max).astype(detail["dtype"])
+        return encoded(x, detail["dtype"], *_quantization(detail))
+
+
+def encoded(x: np.ndarray, dtype: np.typing.DTypeLike, scale: float, zero_point: int) -> np.ndarray:
+    """Reals as an input of this type takes them: `round(x / scale) + zero_point`, saturated, for
+    integers."""
+    if not np.issubdtype(dtype, np.integer):
+        return x.astype(dtype)
+    limits = np.iinfo(dtype)
+    codes = np.rint(x.astype(np.float64) / scale) + zero_point
+    return np.clip(codes, limits.min, limits.max).astype(dtype)
 
 
 def _quantization(detail: dict) -> tuple[float, int]:
@@ -156,7 +166,7 @@ def _quantization(detail: dict) -> tuple[float, int]:
     return float(scale), int(zero_point)
 
 
-@functools.lru_cache(maxsize=1)  # several runners of one file try it once
+@functools.lru_cache(maxsize=4)  # several runners of one file try it once
 def _objection(content: bytes, resolver: str) -> str | None:
     """What LiteRT has against a file, found in another process: it may crash or never end."""
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from qat.errors import UserError
 from qat.larq_file import runs_on_larq
 from qat.tflite_file import FileError, FileTensor, read_file
-from qat.verify.interpreter import KERNELS, Runner
+from qat.verify.interpreter import KERNELS, WARM_UP, Runner
 
 VARIABLE = "QAT_LCE_PYTHON"
 ENVIRONMENT = (
@@ -31,17 +31,20 @@ SCRIPT = pathlib.Path(__file__).with_name("larq_script.py")
 _FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
-def open_runner(path: str | os.PathLike, *, threads: int | None = None) -> Runner:
+def open_runner(
+    path: str | os.PathLike, *, kernels: str = "default", threads: int | None = None
+) -> Runner:
     """The file, loaded by the interpreter that has its operators: LiteRT's or Larq's.
 
     Args:
+        kernels: "default", "optimized" or "reference", see `Runner` and `LarqRunner`.
         threads: None = all cores.
 
     Raises:
         FileError: as `Runner`. UserError: as `require_python`.
     """
-    larq = runs_on_larq(read_file(path))
-    return LarqRunner(path, threads=threads) if larq else Runner(path, threads=threads)
+    runner = LarqRunner if runs_on_larq(read_file(path)) else Runner
+    return runner(path, kernels=kernels, threads=threads)
 
 
 def require_python() -> str:
@@ -79,7 +82,7 @@ class LarqRunner(Runner):
     ):
         if kernels not in KERNELS:
             raise ValueError(f"unknown kernels {kernels!r}; legal: {', '.join(KERNELS)}")
-        self.path = os.fspath(path)
+        self.path, self.kernels = os.fspath(path), kernels
         file = read_file(self.path)
         self.inputs = [_details(tensor) for tensor in file.inputs]
         self.outputs = [_details(tensor) for tensor in file.outputs]
@@ -95,13 +98,11 @@ class LarqRunner(Runner):
         weakref.finalize(self, _end, self._process)
         self._receive()
 
-    def latency(self, *inputs: np.ndarray, runs: int = 50) -> float:
-        """As `Runner.latency`, measured inside the process."""
+    def timings(self, *inputs: np.ndarray, runs: int = 50) -> np.ndarray:
+        """As `Runner.timings`, measured inside the process."""
         batch = [self._filled(x[: self.batch_size]) for x in inputs]
-        self._send(batch, runs=5)
-        self._receive()
-        self._send(batch, runs=runs)
-        return float(self._receive()["seconds"])
+        self._send(batch, runs=runs + min(runs, WARM_UP))
+        return self._receive()["seconds"][-runs:]
 
     def _invoke(self, batch: list[np.ndarray]) -> list[np.ndarray]:
         self._send(batch, runs=1)

@@ -2,7 +2,7 @@
 
 `python larq_script.py FILE THREADS KERNELS`, kernels as `qat.verify.larq.LarqRunner` has them.
 Needs larq-compute-engine and NumPy, no TensorFlow. Messages on stdin and stdout are eight bytes of
-length and an .npz: the inputs and how often to run them; then the outputs and the median seconds,
+length and an .npz: the inputs and how often to run them; then the outputs and each run's seconds,
 or `error`. The first message is an answer of no outputs: the file has been loaded.
 """
 
@@ -32,7 +32,7 @@ def load(path, threads, kernels):
 
 def serve(interpreter, receive, send):
     """Answers until stdin ends."""
-    send({"seconds": 0.0})
+    send({"seconds": []})
     while message := receive():
         inputs = [message[f"input{i}"] for i in range(len(message) - 1)]
         seconds = []
@@ -41,7 +41,7 @@ def serve(interpreter, receive, send):
             outputs = interpreter.predict(inputs)
             seconds.append(time.perf_counter() - start)
         arrays = {f"output{i}": output for i, output in enumerate(outputs)}
-        send(arrays | {"seconds": np.median(seconds)})
+        send(arrays | {"seconds": seconds})
 
 
 def main():

@@ -207,8 +207,11 @@ class _Reader:
         code = self.root.OperatorCodes(index)
         builtin = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
         inputs = _vector(operator.InputsAsNumpy())
+        name = _OPERATORS.get(builtin, f"operator {builtin}")
+        if name == "CUSTOM":
+            name = f"custom {(code.CustomCode() or b'').decode()!r}"
         return Operator(
-            name=_OPERATORS.get(builtin, f"operator {builtin}"),
+            name=name,
             options=_options(operator),
             inputs=tuple(None if i == -1 else _indices([i], tensors)[0] for i in inputs),
             outputs=_indices(operator.OutputsAsNumpy(), tensors),
