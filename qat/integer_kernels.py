@@ -10,6 +10,8 @@ import tf_keras
 from qat.tflite_file import FileOperator, FileTensor
 
 layers = tf_keras.layers
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose)
 # Scales and biases are worked out in float64 and stored in float32.
 _FLOAT32_ERROR = 1e-6
 # A kernel's scale is raised only where its bias would leave int32.
@@ -62,14 +64,14 @@ def scale_or_bias_mismatch(
 
 def channels_last(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
     """A Keras kernel with its output channels as the last axis."""
-    if isinstance(layer, layers.DepthwiseConv2D):
-        return kernel.reshape(*kernel.shape[:2], -1)
-    return np.moveaxis(kernel, -2, -1) if type(layer) is layers.Conv2DTranspose else kernel
+    if isinstance(layer, _DEPTHWISE):
+        return kernel.reshape(*kernel.shape[:-2], -1)
+    return np.moveaxis(kernel, -2, -1) if isinstance(layer, _TRANSPOSED) else kernel
 
 
 def channels_last_of_file(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
     """A file's kernel likewise; only depthwise ones have their channels last already."""
-    return kernel if isinstance(layer, layers.DepthwiseConv2D) else np.moveaxis(kernel, 0, -1)
+    return kernel if isinstance(layer, _DEPTHWISE) else np.moveaxis(kernel, 0, -1)
 
 
 def per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:

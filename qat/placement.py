@@ -20,7 +20,16 @@ from qat.negatives import never_negative
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope
 from qat.recipe import RecipeError, TensorSpec
-from qat.roles import FIXED_BOUND_16, FIXED_RANGES, FUSES, Role, activation_name, role, supports
+from qat.roles import (
+    FIXED_BOUND_16,
+    FIXED_RANGES,
+    FUSES,
+    Role,
+    activation_name,
+    require_widths,
+    role,
+    supports,
+)
 
 layers = tf_keras.layers
 _FUSES_INTO_CONCAT = (*FUSES[Role.RELU], Role.RELU)
@@ -173,7 +182,8 @@ class _Placement:
     # What the new model gets.
 
     def on_input(self, old: Any, new: Any) -> Any:
-        if not self._touches_integers(old):
+        readers = [reader and self._role_of(reader) for reader in self._final_readers(old)]
+        if not self._touches_integers(old) or set(readers) == {Role.GATHER}:
             return new
         quantizer = configs.activation_quantizer(self.wide)
         if self.input_range is not None:
@@ -182,6 +192,7 @@ class _Placement:
 
     def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
         layer, found = call.layer, self._role_of(call)
+        require_widths(layer, found, self.wide.bits if self._is_integer(call) else 8)
         spec = self._read_spec(call)
         if spec is not None and args:
             self._require_no_negatives(call, spec)
