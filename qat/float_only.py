@@ -16,7 +16,6 @@ FLOAT_ONLY: dict[type, str] = {
         _NORMALIZES,
     ),
     **dict.fromkeys((layers.Conv3D, layers.Conv3DTranspose), _THREE),
-    layers.AveragePooling3D: "TFLite has no average pooling of three dimensions",
     **dict.fromkeys(
         (layers.Dot, layers.Attention, layers.MultiHeadAttention, layers.EinsumDense), _PRODUCT
     ),

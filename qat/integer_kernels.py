@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 
+from qat.canonical import Call
+from qat.grid import Grid
 from qat.tflite_file import FileOperator, FileTensor
 
 layers = tf_keras.layers
@@ -78,3 +81,10 @@ def per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np
     """A quantizer's scale, per tensor or per channel, as a vector or a number."""
     spread = np.broadcast_to(scale, [1] * codes.ndim) if scale.ndim == 0 else scale
     return channels_last(layer, spread).reshape(-1).astype(float)
+
+
+def values_of_codes(call: Call, grid: Grid, gain: float) -> tf.Tensor:
+    """What a layer that works number by number makes of each of the 256 codes of its input."""
+    reals = (np.arange(-128, 128) - grid.numpy().zero_point) * grid.numpy().scale
+    column = np.reshape(reals * np.float32(gain), [-1, *[1] * (call.inputs[0].shape.rank - 1)])
+    return tf.reshape(call.layer(tf.constant(column, tf.float32)), [-1])

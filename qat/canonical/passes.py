@@ -72,7 +72,7 @@ class _Rewriter:
             inner, set_weights = composites.without_time(layer, self.once)
             self.split_weights.append(set_weights)
             x = inner(args[0])
-            return x if composites.is_linear(layer.layer) else self.activated(layer.layer, x)
+            return x if composites.is_linear(layer.layer) else self.activated(layer, x, layer.layer)
         if type(layer) in _WITH_ACTIVATION and not composites.is_linear(layer):
             return self.split_activation(layer, args[0])
         return self.copies(layer)(*args, **kwargs)
@@ -104,10 +104,11 @@ class _Rewriter:
         x = pointwise(depthwise(x))
         return x if composites.is_linear(layer) else self.activated(layer, x)
 
-    def activated(self, layer: layers.Layer, x: Any) -> Any:
-        """The layer's activation as a layer of its own, or as two."""
-        name = getattr(layer.activation, "__name__", "activation")
-        made = self.once(layer, name, lambda name: layers.Activation(layer.activation, name=name))
+    def activated(self, layer: layers.Layer, x: Any, inner: layers.Layer | None = None) -> Any:
+        """The activation of the layer, or of the one in it, as a layer of its own, or as two."""
+        function = (inner or layer).activation
+        name = getattr(function, "__name__", "activation")
+        made = self.once(layer, name, lambda name: layers.Activation(function, name=name))
         if composites.is_swish(made):
             return composites.split_swish(made, x, self.once)
         return made(x)

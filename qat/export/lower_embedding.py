@@ -10,7 +10,7 @@ import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Stored
-from qat.export.graph import Tensor, on_grid
+from qat.export.graph import ExportError, Tensor, on_grid
 from qat.export.lower_linear import variable
 from qat.export.pending import Pending
 
@@ -54,6 +54,11 @@ class Rows(Pending):
 
 
 def _embedding(builder, layer: layers.Embedding, inputs, shape):
+    if inputs[0].grid is not None:
+        raise ExportError(
+            f"layer {layer.name!r} (Embedding) reads a quantized tensor, which is no row number; "
+            "give it a model input that no other layer reads"
+        )
     table = variable(layer, "embeddings")
     return Rows(name=layer.name, shape=shape, x=inputs[0], table=table)
 

@@ -6,6 +6,7 @@ it can write with TFLite's operators can stay in float32.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,8 +50,9 @@ def lower_float(
             f"layer {name!r} ({type(layer).__name__}) loops or keeps a state in the file"
         )
     tensors = [_tensor(builder, name, tensor, file.buffers) for tensor in graph.tensors]
-    for index, value in zip(graph.inputs, values, strict=True):
-        tensors[index] = value.tensor
+    for index in graph.inputs:  # not in the function's order
+        number = re.search(r"x(\d+)", graph.tensors[index].name.decode())[1]
+        tensors[index] = values[int(number)].tensor
     (output,) = graph.outputs
     tensors[output].name = builder.name(name)
     for operator in graph.operators:

@@ -94,6 +94,14 @@ def _convolution_options(layer, options: Any, fused: int) -> Any:
 
 
 def _conv2d(builder, layer, kernel, common):
+    shape = common["shape"]
+    if len(shape) > 4:  # more axes in front, e.g. time, are more images
+
+        def as_images(shape):
+            return (int(np.prod(shape[:-3])), *shape[-3:])
+
+        images = builder.reshape(common["x"], as_images(common["x"].shape), f"{layer.name}/images")
+        common = {**common, "x": images, "shape": as_images(shape), "reshape_to": shape}
     return Linear(
         kernel=kernel.transpose(3, 0, 1, 2),
         channel_axis=0,

@@ -46,7 +46,7 @@ def _repeat(builder, layer: layers.RepeatVector, inputs, shape):
     row = builder.reshape(x, (1, 1, x.shape[-1]), f"{layer.name}/row")
     options, times = schema.TileOptionsT(), {"times": (1, layer.n, 1)}
     return _moved(
-        builder, row, layer.name, shape, "TILE", options=options, version=3, constants=times
+        builder, row, layer.name, shape, "TILE", options=options, version=1, constants=times
     )
 
 
@@ -108,18 +108,23 @@ def _upsample_3d(builder, layer: layers.UpSampling3D, inputs, shape):
     return _in_two_steps(builder, layer.name, inputs[0], shape, step)
 
 
-def _max_3d(builder, layer: layers.MaxPooling3D, inputs, shape):
-    (depth, *window), (depth_stride, *strides) = layer.pool_size, layer.strides
-    windows = [(window, strides), ((depth, 1), (depth_stride, 1))]
+def _pool_3d(operator: str):
+    """Exact for maxima; averages of averages are rounded twice."""
 
-    def step(image, name, size, index):
-        options = pool_options(PADDING[layer.padding], *windows[index])
-        return _moved(
-            builder, image, name, (image.shape[0], *size, image.shape[3]), "MAX_POOL_2D",
-            options=options, version=2,
-        )  # fmt: skip
+    def lower(builder, layer, inputs, shape):
+        (depth, *window), (depth_stride, *strides) = layer.pool_size, layer.strides
+        windows = [(window, strides), ((depth, 1), (depth_stride, 1))]
 
-    return _in_two_steps(builder, layer.name, inputs[0], shape, step)
+        def step(image, name, size, index):
+            options = pool_options(PADDING[layer.padding], *windows[index])
+            return _moved(
+                builder, image, name, (image.shape[0], *size, image.shape[3]), operator,
+                options=options, version=2,
+            )  # fmt: skip
+
+        return _in_two_steps(builder, layer.name, inputs[0], shape, step)
+
+    return lower
 
 
 LOWERINGS = {
@@ -130,5 +135,6 @@ LOWERINGS = {
     layers.UpSampling2D: _resize_image,
     layers.UpSampling3D: _upsample_3d,
     layers.Resizing: _resize_image,
-    layers.MaxPooling3D: _max_3d,
+    layers.MaxPooling3D: _pool_3d("MAX_POOL_2D"),
+    layers.AveragePooling3D: _pool_3d("AVERAGE_POOL_2D"),
 }
