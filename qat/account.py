@@ -13,6 +13,7 @@ from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
+from qat.placement import NOT_ANNOTATED
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
 from qat.roles import FUSES, KEEPS_GRID, role, supports
@@ -138,5 +139,5 @@ def _reason(wrapper, layer, kernel) -> str | None:
     config = getattr(wrapper, "quantize_config", None)
     reason = getattr(config, "keep_float", None)
     if reason is None and configs.kernels(layer) and kernel is None:
-        return "not annotated for quantization"
+        return NOT_ANNOTATED
     return reason

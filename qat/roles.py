@@ -124,7 +124,7 @@ FIXED_RANGES = {
 }
 
 
-FIXED_BOUND_16 = 32767.0 / 32768.0
+_FIXED_BOUND_16 = 32767.0 / 32768.0
 
 # What an operator of the file computes besides itself: {role: the roles it can fuse behind}.
 FUSES: dict[Role, tuple[Role, ...]] = {
@@ -177,6 +177,13 @@ def relu_bound(layer: layers.Layer) -> float | None:
     """What a ReLU cuts its output at; None if it does not."""
     bound = getattr(layer, "max_value", None)
     return None if bound is None else float(bound)
+
+
+def fixed_range(layer: layers.Layer, bits: int) -> tuple[float, float]:
+    """(minimum, maximum) of a FIXED layer's output; at 16 bits all have the scale 2^-15."""
+    if bits == 16:
+        return -_FIXED_BOUND_16, _FIXED_BOUND_16
+    return FIXED_RANGES[activation_name(layer)]
 
 
 def role(layer: layers.Layer) -> Role:

@@ -12,13 +12,12 @@ import tf_keras
 from qat import configs
 from qat.canonical import calls, canonicalize
 from qat.layers import QuantizedPReLU
-from qat.placement import Decision, place_quantizers
+from qat.placement import NOT_ANNOTATED, Decision, place_quantizers
 from qat.recipe import Recipe, RecipeError, Rule, load_recipe
 from qat.roles import float_reason, require_a_place
 from qat.wrapper import KernelWrapper
 
 _keras = tfmot.quantization.keras
-NOT_ANNOTATED = "not annotated for quantization"
 
 
 def scheme(

@@ -178,6 +178,9 @@ class _Converter:
     def _wrapped(self, layer: QuantizeWrapper, call: Call) -> Value:
         inner, tensors = layer.layer, call.inputs
         if isinstance(inner, layers.BatchNormalization):
+            if isinstance(self.values[id(tensors[0])], Stored):
+                real = self.builder.to_float(self._stored(tensors[0]), inner.name)
+                return self._affine(inner.name, real, *_batchnorm_affine(inner))
             return self._batchnorm(inner, tensors[0])
         if isinstance(inner, layers.Rescaling):
             value = self.builder.to_float(self._stored(tensors[0]), inner.name)
