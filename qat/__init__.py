@@ -9,6 +9,7 @@ from qat.export.tflite import export_tflite
 from qat.layers import FakeQuantize
 from qat.recipe import Recipe, Rule, TensorSpec
 from qat.reestimate import reestimate_batch_norm
+from qat.register import register
 from qat.saving import load_quantized_model, save_model
 from qat.scheme import scheme
 from qat.settle import settle_biases
@@ -34,6 +35,7 @@ __all__ = [
     "quantize_model",
     "quantizers",
     "reestimate_batch_norm",
+    "register",
     "save_model",
     "scheme",
     "settings",

@@ -40,7 +40,6 @@ class Role(enum.Enum):
 ROLES: dict[type, Role] = {
     **dict.fromkeys(configs.KERNELS, Role.LINEAR),
     layers.BatchNormalization: Role.BATCHNORM,
-    layers.ReLU: Role.RELU,
     ReplacedBySign: Role.IDENTITY,
     layers.Dropout: Role.IDENTITY,
     layers.SpatialDropout1D: Role.IDENTITY,
@@ -87,7 +86,6 @@ ROLES: dict[type, Role] = {
     QuantizedPReLU: Role.COMPUTE,
     layers.Embedding: Role.GATHER,
     layers.Rescaling: Role.COMPUTE,
-    layers.Softmax: Role.FIXED,
     **dict.fromkeys(FLOAT_ONLY, Role.FLOAT),
 }
 ACTIVATIONS: dict[str, Role] = {
@@ -157,7 +155,9 @@ def activation_name(layer: layers.Layer) -> str | None:
     return _ACTIVATION_LAYERS.get(type(layer))
 
 
+# Layers whose role is that of their function, and its name where their class alone decides it.
 _ACTIVATION_LAYERS = {
+    **dict.fromkeys((layers.Activation, layers.ReLU, layers.Softmax)),
     layers.LeakyReLU: "leaky_relu",
     layers.ELU: "elu",
     layers.ThresholdedReLU: "thresholded_relu",
@@ -193,7 +193,7 @@ def role(layer: layers.Layer) -> Role:
         UnsupportedLayerError: no integer operator for this layer here.
     """
     kind = type(layer)
-    name = None if kind in ROLES and kind is not layers.ReLU else activation_name(layer)
+    name = None if kind in ROLES else activation_name(layer)
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
     if name is not None:
@@ -213,9 +213,9 @@ def role(layer: layers.Layer) -> Role:
 def _what_to_do(kind: type) -> str:
     if kind in REFUSED:
         return f"has no place in the file: {REFUSED[kind]}; keep_float cannot help"
+    known = sorted(known.__name__ for known in (*ROLES, *_ACTIVATION_LAYERS))
     return (
-        "is not supported; supported layers: "
-        f"{', '.join(sorted(known.__name__ for known in ROLES))}; replace it, teach qat the layer "
+        f"is not supported; supported layers: {', '.join(known)}; replace it, teach qat the layer "
         "with qat.register, or leave it in float32 by a recipe rule with keep_float"
     )
 
