@@ -25,7 +25,7 @@ class LayerAccount:
 
     Attributes:
         name, type: as the user built it.
-        weight_bits: of its kernel; None without a kernel or in float.
+        weight_bits: of its kernel, or of an embedding's rows; None without any or in float.
         activation_bits: of the tensor that a kernel reads, else of the layer's output; None in
             float and inside a fused operator.
         method: the kernel quantizer's, else the output quantizer's; "" for neither; "reactnet" for
@@ -78,10 +78,11 @@ class _Walk:
         activation = reads or output
         if activation is None and not fused_into and supports(layer) and role(layer) in KEEPS_GRID:
             activation = self._grid_of(call.output)
+        weights = output if isinstance(layer, tf_keras.layers.Embedding) else kernel
         return LayerAccount(
             name=layer.name,
             type=getattr(layer, "replaced", type(layer).__name__),
-            weight_bits=kernel.num_bits if kernel else None,
+            weight_bits=weights.num_bits if weights else None,
             activation_bits=activation.num_bits if activation else None,
             method=_method(layer, reads, kernel or output),
             fused_into=fused_into,
