@@ -100,8 +100,9 @@ class _Comparison:
         named = [
             tensor
             for tensor in self.file.tensors
-            if pattern.fullmatch(tensor.name)
-            and (tensor.name == base or tensor.name not in self.names)
+            if (match := pattern.fullmatch(tensor.name))
+            # "conv_1/reshape" is the second of conv's only if no layer is named conv_1.
+            and (not match[1] or base + match[1] not in self.names)
             and len(tensor.scale) == 1
             and tensor.dtype != "uint8"
         ]
