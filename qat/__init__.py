@@ -10,6 +10,7 @@ from qat.layers import FakeQuantize
 from qat.loading import load_model, parse_custom_objects
 from qat.recipe import Recipe, Rule, TensorSpec
 from qat.reestimate import reestimate_batch_norm
+from qat.register import register
 from qat.saving import load_quantized_model, save_model
 from qat.scheme import scheme
 from qat.settle import settle_biases
@@ -37,6 +38,7 @@ __all__ = [
     "quantize_model",
     "quantizers",
     "reestimate_batch_norm",
+    "register",
     "save_model",
     "scheme",
     "settings",

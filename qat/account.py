@@ -13,6 +13,7 @@ from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
+from qat.placement import NOT_ANNOTATED
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
 from qat.roles import FUSES, KEEPS_GRID, role, supports
@@ -24,7 +25,7 @@ class LayerAccount:
 
     Attributes:
         name, type: as the user built it.
-        weight_bits: of its kernel; None without a kernel or in float.
+        weight_bits: of its kernel, or of an embedding's rows; None without any or in float.
         activation_bits: of the tensor that a kernel reads, else of the layer's output; None in
             float and inside a fused operator.
         method: the kernel quantizer's, else the output quantizer's; "" for neither; "reactnet" for
@@ -77,10 +78,11 @@ class _Walk:
         activation = reads or output
         if activation is None and not fused_into and supports(layer) and role(layer) in KEEPS_GRID:
             activation = self._grid_of(call.output)
+        weights = output if isinstance(layer, tf_keras.layers.Embedding) else kernel
         return LayerAccount(
             name=layer.name,
             type=getattr(layer, "replaced", type(layer).__name__),
-            weight_bits=kernel.num_bits if kernel else None,
+            weight_bits=weights.num_bits if weights else None,
             activation_bits=activation.num_bits if activation else None,
             method=_method(layer, reads, kernel or output),
             fused_into=fused_into,
@@ -138,5 +140,5 @@ def _reason(wrapper, layer, kernel) -> str | None:
     config = getattr(wrapper, "quantize_config", None)
     reason = getattr(config, "keep_float", None)
     if reason is None and configs.kernels(layer) and kernel is None:
-        return "not annotated for quantization"
+        return NOT_ANNOTATED
     return reason

@@ -20,6 +20,8 @@ layers = tf_keras.layers
 KERNELS: dict[type, dict[str, tuple[int, ...]]] = {
     layers.Conv1D: {"kernel": (-1,)},
     layers.Conv2D: {"kernel": (-1,)},
+    layers.Conv1DTranspose: {"kernel": (-2,)},
+    layers.DepthwiseConv1D: {"depthwise_kernel": (-2, -1)},
     layers.DepthwiseConv2D: {"depthwise_kernel": (-2, -1)},
     layers.SeparableConv2D: {"depthwise_kernel": (-2, -1), "pointwise_kernel": (-1,)},
     layers.Conv2DTranspose: {"kernel": (-2,)},

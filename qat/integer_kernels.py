@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 
+from qat.canonical import Call
+from qat.grid import Grid
 from qat.tflite_file import FileOperator, FileTensor
 
 layers = tf_keras.layers
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose)
 # Scales and biases are worked out in float64 and stored in float32.
 _FLOAT32_ERROR = 1e-6
 # A kernel's scale is raised only where its bias would leave int32.
@@ -62,17 +67,24 @@ def scale_or_bias_mismatch(
 
 def channels_last(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
     """A Keras kernel with its output channels as the last axis."""
-    if isinstance(layer, layers.DepthwiseConv2D):
-        return kernel.reshape(*kernel.shape[:2], -1)
-    return np.moveaxis(kernel, -2, -1) if type(layer) is layers.Conv2DTranspose else kernel
+    if isinstance(layer, _DEPTHWISE):
+        return kernel.reshape(*kernel.shape[:-2], -1)
+    return np.moveaxis(kernel, -2, -1) if isinstance(layer, _TRANSPOSED) else kernel
 
 
 def channels_last_of_file(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:
     """A file's kernel likewise; only depthwise ones have their channels last already."""
-    return kernel if isinstance(layer, layers.DepthwiseConv2D) else np.moveaxis(kernel, 0, -1)
+    return kernel if isinstance(layer, _DEPTHWISE) else np.moveaxis(kernel, 0, -1)
 
 
 def per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """A quantizer's scale, per tensor or per channel, as a vector or a number."""
     spread = np.broadcast_to(scale, [1] * codes.ndim) if scale.ndim == 0 else scale
     return channels_last(layer, spread).reshape(-1).astype(float)
+
+
+def values_of_codes(call: Call, grid: Grid, gain: float) -> tf.Tensor:
+    """What a layer that works number by number makes of each of the 256 codes of its input."""
+    reals = (np.arange(-128, 128) - grid.numpy().zero_point) * grid.numpy().scale
+    column = np.reshape(reals * np.float32(gain), [-1, *[1] * (call.inputs[0].shape.rank - 1)])
+    return tf.reshape(call.layer(tf.constant(column, tf.float32)), [-1])

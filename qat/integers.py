@@ -25,8 +25,9 @@ from qat.integer_kernels import (
     channels_last_of_file,
     per_channel,
     scale_or_bias_mismatch,
+    values_of_codes,
 )
-from qat.layers import FakeQuantize
+from qat.layers import FakeQuantize, QuantizedPReLU
 from qat.quantizers import BinaryActivationQuantizer
 from qat.reactnet import LearnedShift, LearnedSlope
 from qat.tflite_file import FileModel, FileOperator, FileTensor
@@ -79,14 +80,16 @@ class _Comparison:
         """What differs in the file for one call of a layer."""
         if isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars:
             return self.kernel_mismatches(call)
-        if isinstance(call.layer, LearnedSlope):
+        if isinstance(call.layer, LearnedSlope | QuantizedPReLU):
             return self.slope_mismatches(call.layer)
         if isinstance(call.layer, LearnedShift):
             return self.shift_mismatches(call.layer)
         if not isinstance(call.layer, FakeQuantize):
             return []
         signs = isinstance(call.layer.quantizer, BinaryActivationQuantizer)
-        return self.grid_mismatches(call.layer) + (self.sign_mismatches(call) if signs else [])
+        if signs:
+            return self.grid_mismatches(call.layer) + self.sign_mismatches(call)
+        return self.grid_mismatches(call.layer) + self.table_mismatches(call)
 
     def grid_mismatches(self, layer: FakeQuantize) -> list[str]:
         """The tensors named after the layer must lie on its grid, to the last bit."""
@@ -97,8 +100,9 @@ class _Comparison:
         named = [
             tensor
             for tensor in self.file.tensors
-            if pattern.fullmatch(tensor.name)
-            and (tensor.name == base or tensor.name not in self.names)
+            if (match := pattern.fullmatch(tensor.name))
+            # "conv_1/reshape" is the second of conv's only if no layer is named conv_1.
+            and (not match[1] or base + match[1] not in self.names)
             and len(tensor.scale) == 1
             and tensor.dtype != "uint8"
         ]
@@ -191,18 +195,38 @@ class _Comparison:
         different = int((np.sign(chosen) != np.where(expected, 1, -1)).any(axis=0).sum())
         return [f"{limit.name}: {different} thresholds differ"] if different else []
 
-    def slope_mismatches(self, layer: LearnedSlope) -> list[str]:
+    def table_mismatches(self, call: Call) -> list[str]:
+        """A table of codes or rows must hold what the model makes of each code or row."""
+        maker, quantizer = self.producer.get(id(call.inputs[0])), call.layer.quantizer
+        name = f"{call.layer.name.removesuffix('_fake_quantize')}/table"
+        operator = self.operator_reading(name)
+        with tf.device("/CPU:0"):
+            if maker is not None and isinstance(maker.layer, layers.Embedding):
+                operator = self.operator_reading(f"{maker.layer.name}/embeddings")
+                expected = maker.layer.embeddings
+            elif operator is None:
+                return []
+            else:
+                source = self.source(maker.inputs[0])
+                grid = source.quantizer.grid(source.quantizer_weights)
+                expected = values_of_codes(maker, grid, self.gain(maker.inputs[0]))
+            codes = quantizer.codes(tf.convert_to_tensor(expected), call.layer.quantizer_weights)
+        different = int((operator.inputs[0].data.reshape(codes.shape) != codes.numpy()).sum())
+        return [f"{operator.inputs[0].name}: {different} codes differ"] if different else []
+
+    def slope_mismatches(self, layer: LearnedSlope | QuantizedPReLU) -> list[str]:
         """The PRELU's constant must hold the codes and the scale of the layer's slopes."""
         name = f"{layer.name}/slope"
         operator = self.operator_reading(name)
         if operator is None:
             return [f"{name} is missing from the file"]
         with tf.device("/CPU:0"):
-            value = tf.convert_to_tensor(layer.slope)
+            learned = layer.slope if isinstance(layer, LearnedSlope) else layer.alpha
+            value = tf.convert_to_tensor(learned)
             codes = layer.quantizer.codes(value, {}).numpy()
             scale = layer.quantizer.grid({}, value).numpy().scale
         stored = next(tensor for tensor in operator.inputs if tensor.name == name)
-        different = int((stored.data.reshape(-1) != codes).sum())
+        different = int((stored.data.reshape(-1) != codes.reshape(-1)).sum())
         if different or stored.scale[0] != scale or stored.zero_point.any():
             return [f"{name}: {different} of {codes.size} slopes differ, or their scale"]
         return []

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from qat.quantizers import GridQuantizer
+from qat.quantizers import GridQuantizer, LastValueQuantizer
 
 # Less than half the distance of two averages of up to 2,000 codes, more than float32 gets wrong.
 _NUDGE = 2.0**-12
@@ -33,6 +33,33 @@ class ReplacedBySign(tf_keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "replaced": self.replaced}
+
+
+@tf_keras.utils.register_keras_serializable("qat")
+class QuantizedPReLU(tf_keras.layers.PReLU):
+    """PReLU with the slopes of the file: on the symmetric 8-bit grid of their largest magnitude.
+
+    One scale for all of them, as TFLite's PRELU has it. Backward: straight through the rounding.
+    """
+
+    replaced = "PReLU"
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.quantizer = LastValueQuantizer(num_bits=8, symmetric=True)
+
+    def call(self, inputs):
+        slope = self.quantizer(tf.convert_to_tensor(self.alpha), False, {})
+        return tf.where(inputs >= 0, inputs, tf.cast(slope, inputs.dtype) * inputs)
+
+    @classmethod
+    def made_of(cls, layer: tf_keras.layers.PReLU) -> QuantizedPReLU:
+        """The same layer, built, with the same slopes and name."""
+        made = cls.from_config(layer.get_config())
+        made.trainable = layer.trainable
+        made.build(layer.input_shape)
+        made.set_weights(layer.get_weights())
+        return made
 
 
 @tf_keras.utils.register_keras_serializable("qat")

@@ -20,9 +20,12 @@ from qat.negatives import never_negative
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope
 from qat.recipe import RecipeError, TensorSpec
-from qat.roles import FIXED_BOUND_16, FIXED_RANGES, FUSES, Role, activation_name, role, supports
+from qat.roles import FUSES, KEEPS_GRID, Role, fixed_range, require_widths, role, supports
 
 layers = tf_keras.layers
+NOT_ANNOTATED = "not annotated for quantization"
+# A layer that moves codes, and that nobody wants in float, is none of the file's float operators.
+_NO_WISH = (None, NOT_ANNOTATED)
 _FUSES_INTO_CONCAT = (*FUSES[Role.RELU], Role.RELU)
 
 
@@ -89,6 +92,8 @@ class _Placement:
         if not self._is_integer(call) and not supports(call.layer):
             return Role.COMPUTE
         found = role(call.layer)
+        if found in KEEPS_GRID and self.decisions[call.layer.name].keep_float not in _NO_WISH:
+            return Role.COMPUTE
         signs = self._sign_specs(call) if found is Role.RELU else []
         if signs and self._is_integer(call) and any(sign.method == REACTNET for sign in signs):
             self.rprelus.add(id(call.output))
@@ -173,7 +178,8 @@ class _Placement:
     # What the new model gets.
 
     def on_input(self, old: Any, new: Any) -> Any:
-        if not self._touches_integers(old):
+        readers = [reader and self._role_of(reader) for reader in self._final_readers(old)]
+        if not self._touches_integers(old) or set(readers) == {Role.GATHER}:
             return new
         quantizer = configs.activation_quantizer(self.wide)
         if self.input_range is not None:
@@ -182,6 +188,7 @@ class _Placement:
 
     def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
         layer, found = call.layer, self._role_of(call)
+        require_widths(layer, found, self.wide.bits if self._is_integer(call) else 8)
         spec = self._read_spec(call)
         if spec is not None and args:
             self._require_no_negatives(call, spec)
@@ -196,7 +203,7 @@ class _Placement:
         grid_layer = self.source.get(id(args[0])) if args and call.inputs else None
         if found in (Role.PASS, Role.IDENTITY):
             return self._lies_on(new, grid_layer)
-        if found is Role.AVERAGE and grid_layer is not None and self._is_integer(call):
+        if found is Role.AVERAGE and grid_layer is not None:
             return self._lies_on(grid_layer(new, observe=False, averages=True), grid_layer)
         if self._inside_operator(call) or not self._touches_integers(call.output):
             return new
@@ -235,9 +242,7 @@ class _Placement:
 
     def _output_quantizer(self, call: Call) -> quantizers.GridQuantizer:
         if self._role_of(call) is Role.FIXED:
-            if self.wide.bits == 16:  # one scale for all of them: 2^-15
-                return configs.range_quantizer(-FIXED_BOUND_16, FIXED_BOUND_16, self.wide)
-            return configs.range_quantizer(*FIXED_RANGES[activation_name(call.layer)], self.wide)
+            return configs.range_quantizer(*fixed_range(call.layer, self.wide.bits), self.wide)
         return configs.activation_quantizer(self._spec(call.output))
 
     def _quantize(self, tensor: Any, quantizer: quantizers.GridQuantizer, name: str) -> Any:

@@ -11,12 +11,13 @@ import tf_keras
 
 from qat import configs
 from qat.canonical import calls, canonicalize
-from qat.placement import Decision, place_quantizers
+from qat.layers import QuantizedPReLU
+from qat.placement import NOT_ANNOTATED, Decision, place_quantizers
 from qat.recipe import Recipe, RecipeError, Rule, load_recipe
+from qat.roles import float_reason, require_a_place
 from qat.wrapper import KernelWrapper
 
 _keras = tfmot.quantization.keras
-NOT_ANNOTATED = "not annotated for quantization"
 
 
 def scheme(
@@ -86,6 +87,9 @@ class LayoutTransform(_keras.QuantizeLayoutTransform):
         decisions = decide(model, self.recipe, annotated, origins)
 
         def wrap(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+            integer = decisions[layer.name].keep_float is None
+            if integer and type(layer) is tf_keras.layers.PReLU:
+                return QuantizedPReLU.made_of(layer)
             if layer.name not in annotated or not _needs_wrapper(layer, decisions[layer.name]):
                 return layer
             return KernelWrapper(layer, _given_or_made(layer, annotated, decisions))
@@ -138,6 +142,8 @@ def decide(
         if not any(subject.meant_by(rule) for subject in candidates):
             names = ", ".join(f"{s.layer.name} ({type(s.layer).__name__})" for s in candidates[:20])
             raise RecipeError(f"recipe {recipe.name!r}: {rule} matches no layer; layers: {names}")
+    for name in order:
+        require_a_place(by_name[name])
     return {name: _decision(recipe, subject, annotated) for name, subject in subjects.items()}
 
 
@@ -170,6 +176,8 @@ def _decision(recipe: Recipe, subject: _Subject, annotated: dict) -> Decision:
     if name not in annotated:
         return Decision(keep_float=NOT_ANNOTATED)
     chosen = _first_match(recipe, subject)
+    if chosen.keep_float is None and float_reason(subject.layer) is not None:
+        return Decision(keep_float=float_reason(subject.layer))
     given = annotated[name]
     if isinstance(given, configs.LayerQuantizeConfig):
         return Decision(

@@ -29,6 +29,8 @@ _FUSED = (
     layers.BatchNormalization,
     layers.Concatenate,
     layers.Dropout,
+    layers.Maximum,
+    layers.Minimum,
     layers.ReLU,
     ReplacedBySign,
 )

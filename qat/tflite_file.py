@@ -119,6 +119,8 @@ def _is_float(op: FileOperator) -> bool:
 def _kernel_and_bias(op: FileOperator) -> tuple[FileTensor, ...]:
     if op.name == "TRANSPOSE_CONV":
         return op.inputs[1:2] + op.inputs[3:]  # the first is its output's shape
+    if op.name == "GATHER":
+        return op.inputs[:1] if len(op.inputs[0].shape) > 1 else ()  # rows, not a curve's codes
     kernels = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", larq_file.CONVOLUTION)
     return op.inputs[1:] if op.name in kernels else ()
 

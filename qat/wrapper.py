@@ -27,6 +27,13 @@ class KernelWrapper(QuantizeWrapperV2):
             self._trainable_weights.extend(self.layer._trainable_weights)
         super().build(input_shape)
 
+    def call(self, inputs, *others, training=None, **kwargs):
+        if not others:
+            return super().call(inputs, training=training, **kwargs)
+        # Layers of several arguments, e.g. attention, are never quantized.
+        mode = {"training": training} if self.layer._expects_training_arg else {}
+        return self.layer.call(inputs, *others, **mode, **kwargs)
+
     @property
     def trainable_weights(self):
         return super().trainable_weights if self.layer.trainable else []

@@ -184,3 +184,38 @@ def resizing(draw) -> Case:
     options = {"alignCorners": corners, "halfPixelCenters": centers}
     operator = Operator(name=name, inputs=inputs, outputs=[_on_grid(x)], options=options)
     return case(operator, d.codes(x))
+
+
+@st.composite
+def transpose(draw) -> Case:
+    d = Draw(draw)
+    x = d.tensor(d.one(*ACTIVATIONS), [d.size(1, 6) for _ in range(d.size(1, 5))])
+    order = d.rng.permutation(len(x.shape)).tolist()
+    inputs = [x, constant(order)]
+    operator = Operator(name="TRANSPOSE", inputs=inputs, outputs=[_on_grid(x)], options={})
+    return case(operator, d.codes(x))
+
+
+@st.composite
+def tile(draw) -> Case:
+    d = Draw(draw)
+    x = d.tensor("int8", [d.size(1, 6) for _ in range(d.size(1, 4))])
+    inputs = [x, constant([d.size(1, 3) for _ in x.shape])]
+    operator = Operator(name="TILE", inputs=inputs, outputs=[_on_grid(x)], options={})
+    return case(operator, d.codes(x))
+
+
+@st.composite
+def lookup(draw) -> tuple[bytes, list[np.ndarray]]:
+    """A table of 256 codes: CAST, ADD of whole numbers, GATHER; or rows of a table."""
+    d = Draw(draw)
+    table = d.fill(d.tensor("int8", d.one((256,), (256, d.size(1, 5)))))
+    x = d.tensor("int8", (d.size(1, 3), d.size(1, 20)))
+    code, index = (Tensor(dtype="int32", shape=x.shape) for _ in range(2))
+    y = Tensor(dtype="int8", shape=(1,), scale=table.scale, zero_point=table.zero_point)
+    content = model(
+        Operator(name="CAST", inputs=[x], outputs=[code], options={}),
+        Operator(name="ADD", inputs=[code, constant(128)], outputs=[index], options={}, version=1),
+        Operator(name="GATHER", inputs=[table, index], outputs=[y], options={"axis": 0}),
+    )
+    return content, [d.codes(x)]

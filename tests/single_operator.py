@@ -25,6 +25,9 @@ VERSIONS = {
     "SQUEEZE": 1,
     "EXPAND_DIMS": 1,
     "SELECT_V2": 1,
+    "CAST": 1,
+    "ELU": 1,
+    "TILE": 1,
 }
 
 
@@ -132,12 +135,17 @@ def _operator(made: schema.ModelT, operator: Operator, index: dict[int, int]) ->
 OPTIONS = {
     "ADD": "AddOptions",
     "AVERAGE_POOL_2D": "Pool2DOptions",
+    "CAST": "CastOptions",
     "CONCATENATION": "ConcatenationOptions",
     "CONV_2D": "Conv2DOptions",
     "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
     "DEQUANTIZE": "DequantizeOptions",
+    "ELU": None,
+    "EXP": "ExpOptions",
     "EXPAND_DIMS": "ExpandDimsOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
+    "GATHER": "GatherOptions",
+    "GELU": "GeluOptions",
     "GREATER_EQUAL": "GreaterEqualOptions",
     "HARD_SWISH": "HardSwishOptions",
     "LEAKY_RELU": "LeakyReluOptions",
@@ -165,17 +173,22 @@ OPTIONS = {
     "STRIDED_SLICE": "StridedSliceOptions",
     "SUB": "SubOptions",
     "TANH": None,
+    "TILE": "TileOptions",
+    "TRANSPOSE": "TransposeOptions",
     "TRANSPOSE_CONV": "TransposeConvOptions",
 }
 
 
 def reference(
-    content: bytes, *inputs: np.ndarray, every_tensor: bool = False
+    content: bytes,
+    *inputs: np.ndarray,
+    every_tensor: bool = False,
+    resolver: OpResolverType = OpResolverType.BUILTIN_REF,
 ) -> list[np.ndarray] | dict[str, np.ndarray]:
     """BUILTIN_REF's codes: of the outputs, or {name: codes} of every tensor it holds."""
     interpreter = Interpreter(
         model_content=content,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+        experimental_op_resolver_type=resolver,
         experimental_preserve_all_tensors=every_tensor,
         num_threads=1,
     )

@@ -11,6 +11,7 @@ import integer_moves as moves
 import integer_pointwise as pointwise
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import OpResolverType
 from hypothesis import HealthCheck, given, settings
 from single_operator import Operator, Tensor, constant, model, reference
 
@@ -21,12 +22,16 @@ UNIT_INTERVAL = {"int8": (1 / 256, -128), "int16": (1 / 32768, 0)}
 SUITE = {
     "ADD": pointwise.binary("ADD"),
     "AVERAGE_POOL_2D": cases.pool("AVERAGE_POOL_2D"),
+    "CAST, GATHER": moves.lookup(),
     "CONCATENATION": moves.concatenation(),
     "CONV_2D": cases.conv_2d(),
     "DEPTHWISE_CONV_2D": cases.depthwise_conv_2d(),
     "DEQUANTIZE": moves.dequantize(),
     "DEQUANTIZE, QUANTIZE of a constant": moves.unpacked_kernel(),
+    "ELU": pointwise.unary("ELU", types=("int8",)),
+    "EXP": pointwise.unary("EXP", types=("int8",), high=0.05),
     "FULLY_CONNECTED": cases.fully_connected(),
+    "GELU": pointwise.unary("GELU", types=("int8",)),
     "GREATER_EQUAL": pointwise.greater_equal(),
     "HARD_SWISH": pointwise.unary("HARD_SWISH", types=("int8",)),
     "LEAKY_RELU": pointwise.unary("LEAKY_RELU"),
@@ -51,18 +56,25 @@ SUITE = {
     "STRIDED_SLICE": moves.strided_slicing(),
     "SUB": pointwise.binary("SUB"),
     "TANH": pointwise.unary("TANH", grids={"int16": UNIT_INTERVAL["int16"]}),
+    "TILE": moves.tile(),
+    "TRANSPOSE": moves.transpose(),
     "TRANSPOSE_CONV": cases.transpose_conv(),
 }
+NOT_IN_REFERENCE = {"ELU": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}
 FAST_EXAMPLES, SLOW_EXAMPLES = 40, 400
 
 
-def _compare(strategy, examples: int) -> None:
+def _compare(operator: str, examples: int) -> None:
+    resolver = NOT_IN_REFERENCE.get(operator, OpResolverType.BUILTIN_REF)
+
     @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
-    @given(strategy)
+    @given(SUITE[operator])
     def check(case):
         content, inputs = case
         for ours, theirs in zip(
-            simulate(content, *inputs), reference(content, *inputs), strict=True
+            simulate(content, *inputs),
+            reference(content, *inputs, resolver=resolver),
+            strict=True,
         ):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
             np.testing.assert_array_equal(ours, theirs)
@@ -72,14 +84,14 @@ def _compare(strategy, examples: int) -> None:
 
 @pytest.mark.parametrize("operator", SUITE)
 def test_operator_equals_the_reference_kernel(operator):
-    _compare(SUITE[operator], FAST_EXAMPLES)
+    _compare(operator, FAST_EXAMPLES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", SUITE)
 def test_operator_equals_the_reference_kernel_often(operator):
     assert SLOW_EXAMPLES * len(SUITE) >= 10_000
-    _compare(SUITE[operator], SLOW_EXAMPLES)
+    _compare(operator, SLOW_EXAMPLES)
 
 
 @pytest.mark.parametrize("operator", ["LOGISTIC", "TANH"])

@@ -26,7 +26,7 @@ from qat.quantizers import (
     MovingAverageQuantizer,
 )
 from qat.recipe import Recipe, RecipeError, Rule, TensorSpec
-from qat.roles import ROLES, UnsupportedLayerError
+from qat.roles import ROLES, Role, UnsupportedLayerError
 from qat.scheme import NOT_ANNOTATED, QuantizeScheme, scheme
 
 keras = tfmot.quantization.keras
@@ -463,6 +463,40 @@ ROLE_CASES = {
     "softmax": ((8,), lambda x: layers.Activation("softmax", name="it")(x), (0.0, 255 / 256)),
     "sigmoid": ((8,), lambda x: layers.Activation("sigmoid", name="it")(x), (0.0, 255 / 256)),
     "tanh": ((8,), lambda x: layers.Activation("tanh", name="it")(x), (-1.0, 127 / 128)),
+    "Conv1DTranspose": ((8, 3), lambda x: layers.Conv1DTranspose(3, 3, name="it")(x), OWN),
+    "DepthwiseConv1D": ((8, 3), lambda x: layers.DepthwiseConv1D(3, name="it")(x), OWN),
+    "LeakyReLU": ((8, 8, 3), lambda x: layers.LeakyReLU(name="it")(x), OWN),
+    "ReLU with a slope": ((8, 8, 3), lambda x: layers.ReLU(negative_slope=0.1, name="it")(x), OWN),
+    "PReLU": ((8, 8, 3), lambda x: layers.PReLU(name="it")(x), OWN),
+    "elu": ((8, 8, 3), lambda x: layers.Activation("elu", name="it")(x), OWN),
+    "SpatialDropout3D": ((4, 4, 4, 2), lambda x: layers.SpatialDropout3D(0.5, name="it")(x), NONE),
+    "AlphaDropout": ((8, 8, 3), lambda x: layers.AlphaDropout(0.5, name="it")(x), NONE),
+    "ActivityRegularization": (
+        (8, 8, 3),
+        lambda x: layers.ActivityRegularization(0.1, name="it")(x),
+        NONE,
+    ),
+    "Identity": ((8, 8, 3), lambda x: layers.Identity(name="it")(x), NONE),
+    "MaxPooling3D": ((4, 4, 4, 2), lambda x: layers.MaxPooling3D(name="it")(x), NONE),
+    "GlobalMaxPooling3D": ((4, 4, 4, 2), lambda x: layers.GlobalMaxPooling3D(name="it")(x), NONE),
+    "Permute": ((8, 8, 3), lambda x: layers.Permute((3, 1, 2), name="it")(x), NONE),
+    "RepeatVector": ((8,), lambda x: layers.RepeatVector(3, name="it")(x), NONE),
+    "Cropping1D": ((8, 3), lambda x: layers.Cropping1D(name="it")(x), NONE),
+    "Cropping2D": ((8, 8, 3), lambda x: layers.Cropping2D(name="it")(x), NONE),
+    "Cropping3D": ((4, 4, 4, 2), lambda x: layers.Cropping3D(name="it")(x), NONE),
+    "UpSampling1D": ((8, 3), lambda x: layers.UpSampling1D(name="it")(x), NONE),
+    "UpSampling2D": ((8, 8, 3), lambda x: layers.UpSampling2D(name="it")(x), NONE),
+    "UpSampling3D": ((4, 4, 4, 2), lambda x: layers.UpSampling3D(name="it")(x), NONE),
+    "Resizing": ((8, 8, 3), lambda x: layers.Resizing(5, 6, name="it")(x), SAME),
+    "ZeroPadding3D": ((4, 4, 4, 2), lambda x: layers.ZeroPadding3D(name="it")(x), NONE),
+    "AveragePooling3D": ((4, 4, 4, 2), lambda x: layers.AveragePooling3D(name="it")(x), SAME),
+    "GlobalAveragePooling3D": (
+        (4, 4, 4, 2),
+        lambda x: layers.GlobalAveragePooling3D(name="it")(x),
+        OWN,
+    ),
+    "Maximum": ((8, 8, 3), lambda x: layers.Maximum(name="it")([x, x]), OWN),
+    "Minimum": ((8, 8, 3), lambda x: layers.Minimum(name="it")([x, x]), OWN),
 }
 
 
@@ -489,8 +523,10 @@ def test_what_stands_behind_each_layer(kind):
 
 
 def test_every_supported_layer_is_a_case_above():
-    """But for SeparableConv2D, which the canonical form splits, and what placement itself makes."""
-    names = {kind.__name__ for kind in ROLES} - {"SeparableConv2D", "ReplacedBySign"}
+    """But for SeparableConv2D, which the canonical form splits, what placement itself makes, what
+    has no integer operator, and Embedding, which reads no activation."""
+    names = {kind.__name__ for kind, found in ROLES.items() if found is not Role.FLOAT}
+    names -= {"SeparableConv2D", "ReplacedBySign", "QuantizedPReLU", "Embedding"}
     assert names <= set(ROLE_CASES)
 
 
@@ -720,41 +756,48 @@ def test_an_integer_operator_in_front_of_a_float_layer_has_a_grid(name):
     assert len(behind(model, before)) == 1
 
 
-def leaky(x):
+@tf_keras.utils.register_keras_serializable("tests")
+class Unknown(layers.Layer):
+    """Nothing that qat has heard of."""
+
+    def call(self, inputs):
+        return tf.abs(inputs)
+
+
+def unknown(x):
     x = layers.Conv2D(3, 3, name="conv")(x)
-    x = layers.LeakyReLU(name="leaky")(x)
+    x = Unknown(name="unknown")(x)
     return layers.Dense(2, name="head")(layers.Flatten(name="flat")(x))
 
 
 def test_unsupported_layers_are_named():
-    with pytest.raises(UnsupportedLayerError, match="'leaky' \\(LeakyReLU\\)") as error:
-        quantize_model(model_of(leaky))
+    with pytest.raises(UnsupportedLayerError, match="'unknown' \\(Unknown\\)") as error:
+        quantize_model(model_of(unknown))
     assert "\n" not in str(error.value)
 
 
 def test_an_unsupported_layer_can_stay_float():
-    recipe = Recipe.from_name("w8a8").with_rules(Rule(type="LeakyReLU", keep_float="no operator"))
-    model = quantize_model(model_of(leaky), recipe)
+    recipe = Recipe.from_name("w8a8").with_rules(Rule(type="Unknown", keep_float="no operator"))
+    model = quantize_model(model_of(unknown), recipe)
     assert set(kernel_quantizers(model)) == {"conv", "head"}
     # What it reads and gives crosses between float and integers.
-    assert len(behind(model, "conv")) == len(behind(model, "leaky")) == 1
+    assert len(behind(model, "conv")) == len(behind(model, "unknown")) == 1
 
 
 def test_an_unsupported_layer_can_be_left_unannotated():
     inputs = tf_keras.Input((8, 8, 3))
     x = keras.quantize_annotate_layer(layers.Conv2D(3, 3, name="conv"))(inputs)
-    x = layers.Flatten(name="flat")(layers.LeakyReLU(name="leaky")(x))
+    x = layers.Flatten(name="flat")(Unknown(name="unknown")(x))
     model = tf_keras.Model(inputs, layers.Dense(2, name="head")(x))
     applied = keras.quantize_apply(model, scheme=scheme("w8a8"))
     assert set(kernel_quantizers(applied)) == {"conv"}
 
 
 UNSUPPORTED = {
-    "relu slope": lambda: layers.ReLU(negative_slope=0.1, name="it"),
-    "relu threshold": lambda: layers.ReLU(threshold=1.0, name="it"),
-    "relu bound": lambda: layers.ReLU(max_value=4.0, name="it"),
-    "elu": lambda: layers.Activation("elu", name="it"),
-    "prelu": lambda: layers.PReLU(name="it"),
+    "area": lambda: layers.Resizing(4, 4, interpolation="area", name="it"),
+    "cropped resizing": lambda: layers.Resizing(4, 4, crop_to_aspect_ratio=True, name="it"),
+    "cubic": lambda: layers.UpSampling2D(interpolation="bicubic", name="it"),
+    "dilated transposed": lambda: layers.Conv2DTranspose(2, 3, dilation_rate=2, name="it"),
     "softmax over pixels": lambda: layers.Softmax(axis=1, name="it"),
 }
 

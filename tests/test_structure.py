@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Every one of these may import those above it, and nothing else of qat.
 ORDER = [
     {"errors"},
-    {"ste", "grid", "histogram", "recipe"},
+    {"ste", "grid", "histogram", "recipe", "float_only"},
     {"ranges"},
     {"quantizers"},
     {"reactnet"},

@@ -7,6 +7,7 @@ from typing import Any
 
 import tf_keras
 
+from qat.canonical import composites
 from qat.canonical.graph import Call, LayerCopies, functional, rebuild
 from qat.errors import ModelError
 
@@ -14,7 +15,9 @@ layers = tf_keras.layers
 _WITH_ACTIVATION = (
     layers.Conv1D,
     layers.Conv2D,
+    layers.Conv1DTranspose,
     layers.Conv2DTranspose,
+    layers.DepthwiseConv1D,
     layers.DepthwiseConv2D,
     layers.Dense,
 )
@@ -61,7 +64,16 @@ class _Rewriter:
             return self.split_separable(layer, args[0])
         if type(layer) in _OF_MANY and len(call.inputs) > 2:
             return self.split_pairs(layer, args[0])
-        if type(layer) in _WITH_ACTIVATION and not _is_linear(layer):
+        if composites.is_swish(layer):
+            return composites.split_swish(layer, args[0], self.once)
+        if type(layer) is layers.Average:
+            return composites.split_average(layer, args[0], self.once)
+        if isinstance(layer, layers.TimeDistributed):
+            inner, set_weights = composites.without_time(layer, self.once)
+            self.split_weights.append(set_weights)
+            x = inner(args[0])
+            return x if composites.is_linear(layer.layer) else self.activated(layer, x, layer.layer)
+        if type(layer) in _WITH_ACTIVATION and not composites.is_linear(layer):
             return self.split_activation(layer, args[0])
         return self.copies(layer)(*args, **kwargs)
 
@@ -69,7 +81,7 @@ class _Rewriter:
         """layer(activation=f) → layer, Activation(f)."""
         linear = self.copies(layer)
         linear.activation = tf_keras.activations.linear
-        return self.activation(layer)(linear(x))
+        return self.activated(layer, linear(x))
 
     def split_pairs(self, layer: layers.Layer, inputs: list) -> Any:
         """A sum or product of many → of two and two, each of which has a grid of its own."""
@@ -90,11 +102,16 @@ class _Rewriter:
 
         self.split_weights.append(set_weights)
         x = pointwise(depthwise(x))
-        return x if _is_linear(layer) else self.activation(layer)(x)
+        return x if composites.is_linear(layer) else self.activated(layer, x)
 
-    def activation(self, layer: layers.Layer) -> layers.Layer:
-        name = getattr(layer.activation, "__name__", "activation")
-        return self.once(layer, name, lambda name: layers.Activation(layer.activation, name=name))
+    def activated(self, layer: layers.Layer, x: Any, inner: layers.Layer | None = None) -> Any:
+        """The activation of the layer, or of the one in it, as a layer of its own, or as two."""
+        function = (inner or layer).activation
+        name = getattr(function, "__name__", "activation")
+        made = self.once(layer, name, lambda name: layers.Activation(function, name=name))
+        if composites.is_swish(made):
+            return composites.split_swish(made, x, self.once)
+        return made(x)
 
     def once(
         self, layer: layers.Layer, suffix: str, make: Callable[[str], layers.Layer]
@@ -105,14 +122,10 @@ class _Rewriter:
             name = f"{layer.name}_{suffix}"
             while name in self.origins:
                 name += "_"
-            self.origins[name] = layer.name
+            self.origins[name] = self.origins.get(layer.name, layer.name)
             self.made[key] = make(name)
             self.made[key].trainable = layer.trainable
         return self.made[key]
-
-
-def _is_linear(layer: layers.Layer) -> bool:
-    return layer.activation is tf_keras.activations.linear
 
 
 def _depthwise_half(layer: layers.SeparableConv2D, name: str) -> layers.Layer:

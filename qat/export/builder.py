@@ -148,6 +148,24 @@ class Builder:
         self.operator("MAXIMUM", 2, [value.tensor, lowest], output, options)
         return Stored(output, grid)
 
+    def capped(self, value: Stored, bound: float | None, name: str) -> Stored:
+        """`min(value, bound)`, by an operator only where the grid reaches beyond the bound."""
+        if bound is None:
+            return value
+        if value.grid is None:
+            limit = self.constant(f"{name}/bound", np.float32(bound), "float32")
+        else:
+            grid = value.grid
+            code = np.rint(np.float32(bound) / np.float32(grid.scale)) + grid.zero_point
+            if code >= grid.qmax:
+                return value
+            limit = self.scalar(f"{name}/bound", grid, code)
+        output = self.activation(f"{name}/clamped", value.shape, value.grid)
+        options = schema.MaximumMinimumOptionsT()
+        version = 1 if value.grid is None else 2
+        self.operator("MINIMUM", version, [value.tensor, limit], output, options)
+        return Stored(output, value.grid)
+
     def sign(self, value: Stored, grid: Grid, name: str, thresholds: np.ndarray) -> Stored:
         """±1 of an integer tensor: GREATER_EQUAL a code, then SELECT_V2.
 

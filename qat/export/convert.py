@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
@@ -28,9 +29,10 @@ from qat.export.freeze import (
     is_sign,
 )
 from qat.export.graph import ExportError, Graph, Tensor, activation_dtype
+from qat.export.lower_float import lower_float
 from qat.export.lower_linear import lower_affine, lower_linear, variable
 from qat.export.lower_reactnet import lower_shift, sign_thresholds
-from qat.export.lower_shape import LOWERINGS, TAKES_PENDING
+from qat.export.lowerings import LOWERINGS, TAKES_PENDING
 from qat.export.pending import Linear, Pending
 from qat.export.target import LCE, LITERT, Target
 from qat.grid import Grid
@@ -99,7 +101,11 @@ class _Converter:
                 "build the model with a fixed input shape"
             )
         value = Stored(self.builder.activation(name, shape, None), None)
-        if self.io == "float32":
+        readers = [reader and reader.layer for reader in self.readers.get(id(tensor), [])]
+        numbers = all(isinstance(layer, layers.Embedding) for layer in readers)
+        if numbers and tensor.dtype.is_integer:
+            value.tensor.dtype = tensor.dtype.name
+        if self.io == "float32" or numbers:
             self.boundaries[id(tensor)] = value.tensor
         return value
 
@@ -140,7 +146,7 @@ class _Converter:
         if isinstance(layer, FakeQuantize):
             return self._fake_quantize(layer, call.inputs[0])
         if isinstance(layer, QuantizeWrapper):
-            return self._wrapped(layer, call.inputs)
+            return self._wrapped(layer, call)
         if isinstance(layer, layers.BatchNormalization):
             return self._batchnorm(layer, call.inputs[0])
         if isinstance(layer, layers.Rescaling):
@@ -150,29 +156,40 @@ class _Converter:
         if configs.kernels(layer):
             return self._linear(layer, self._stored(call.inputs[0]), None)
         if isinstance(layer, TAKES_PENDING):
-            return self._plain(layer, [self.values[id(tensor)] for tensor in call.inputs])
-        return self._plain(layer, [self._stored(tensor) for tensor in call.inputs])
+            return self._plain(layer, call, [self.values[id(tensor)] for tensor in call.inputs])
+        return self._plain(layer, call, [self._stored(tensor) for tensor in call.inputs])
 
-    def _plain(self, layer: layers.Layer, inputs: list[Value]) -> Value:
-        if type(layer) not in LOWERINGS:
-            raise ExportError(
-                f"layer {layer.name!r} ({type(layer).__name__}) has no TFLite operator here"
-            )
-        return LOWERINGS[type(layer)](self.builder, layer, inputs, _output_shape(layer, inputs))
+    def _plain(self, layer: layers.Layer, call: Call, inputs: list[Value]) -> Value:
+        lower = LOWERINGS.get(type(layer))
+        if lower is not None:
+            return lower(self.builder, layer, inputs, _output_shape(layer, inputs))
+
+        def apply(*tensors):
+            given = dict(zip(map(id, call.inputs), tensors, strict=True))
+            args, kwargs = tf.nest.map_structure(lambda x: given.get(id(x), x), call.arguments)
+            mode = {"training": False} if layer._expects_training_arg else {}
+            return layer(*args, **{**mode, **kwargs})
+
+        return lower_float(self.builder, layer.name, layer, inputs, apply)
 
     def _linear(self, layer: layers.Layer, x: Stored, frozen: FrozenKernel | None) -> Linear:
         return lower_linear(self.builder, layer, x, _output_shape(layer, [x]), frozen)
 
-    def _wrapped(self, layer: QuantizeWrapper, tensors: tuple) -> Value:
-        inner = layer.layer
+    def _wrapped(self, layer: QuantizeWrapper, call: Call) -> Value:
+        inner, tensors = layer.layer, call.inputs
         if isinstance(inner, layers.BatchNormalization):
+            if isinstance(self.values[id(tensors[0])], Stored):
+                real = self.builder.to_float(self._stored(tensors[0]), inner.name)
+                return self._affine(inner.name, real, *_batchnorm_affine(inner))
             return self._batchnorm(inner, tensors[0])
         if isinstance(inner, layers.Rescaling):
             value = self.builder.to_float(self._stored(tensors[0]), inner.name)
             return self._affine(inner.name, value, inner.scale, inner.offset)
         waiting = [self.values[id(tensor)] for tensor in tensors]
         if isinstance(inner, TAKES_PENDING) and isinstance(waiting[0], Pending):
-            return self._plain(inner, waiting)  # a float layer that fuses into a float operator
+            return self._plain(
+                inner, call, waiting
+            )  # a float layer that fuses into a float operator
         inputs = [self._stored(tensor) for tensor in tensors]
         if configs.kernels(inner):
             value = self._linear(inner, inputs[0], freeze_kernel(layer))
@@ -180,7 +197,8 @@ class _Converter:
             if activation != "linear":
                 value = value.with_activation(activation)
         else:
-            value = self._plain(inner, [self.builder.to_float(x, inner.name) for x in inputs])
+            floats = [self.builder.to_float(x, inner.name) for x in inputs]
+            value = self._plain(inner, call, floats)
         grid = freeze_output(layer)
         return value if grid is None else self._onto(value, grid, inner.name)
 

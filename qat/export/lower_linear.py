@@ -18,7 +18,9 @@ layers = tf_keras.layers
 OPERATORS = {
     layers.Conv1D: "CONV_2D",
     layers.Conv2D: "CONV_2D",
+    layers.Conv1DTranspose: "TRANSPOSE_CONV",
     layers.Conv2DTranspose: "TRANSPOSE_CONV",
+    layers.DepthwiseConv1D: "DEPTHWISE_CONV_2D",
     layers.DepthwiseConv2D: "DEPTHWISE_CONV_2D",
     layers.Dense: "FULLY_CONNECTED",
 }
@@ -84,7 +86,7 @@ def variable(layer: layers.Layer, name: str) -> np.ndarray:
 
 def _convolution_options(layer, options: Any, fused: int) -> Any:
     strides, dilation = (1, *layer.strides)[-2:], (1, *layer.dilation_rate)[-2:]
-    options.padding = PADDING[layer.padding]
+    options.padding = PADDING["valid" if layer.padding == "causal" else layer.padding]
     options.strideH, options.strideW = strides
     options.dilationHFactor, options.dilationWFactor = dilation
     options.fusedActivationFunction = fused
@@ -92,6 +94,14 @@ def _convolution_options(layer, options: Any, fused: int) -> Any:
 
 
 def _conv2d(builder, layer, kernel, common):
+    shape = common["shape"]
+    if len(shape) > 4:  # more axes in front, e.g. time, are more images
+
+        def as_images(shape):
+            return (int(np.prod(shape[:-3])), *shape[-3:])
+
+        images = builder.reshape(common["x"], as_images(common["x"].shape), f"{layer.name}/images")
+        common = {**common, "x": images, "shape": as_images(shape), "reshape_to": shape}
     return Linear(
         kernel=kernel.transpose(3, 0, 1, 2),
         channel_axis=0,
@@ -101,20 +111,44 @@ def _conv2d(builder, layer, kernel, common):
 
 
 def _conv1d(builder, layer, kernel, common):
-    """A 1-D convolution is a 2-D one on an image of height 1."""
-    _, length, depth = common["x"].shape
-    keras_shape = common["shape"]
-    common |= {
-        "x": builder.reshape(common["x"], (1, 1, length, depth), f"{layer.name}/image"),
-        "shape": (1, 1, *keras_shape[1:]),
-    }
     return Linear(
         kernel=kernel.transpose(2, 0, 1)[:, None],
         channel_axis=0,
         options=lambda fused: _convolution_options(layer, schema.Conv2DOptionsT(), fused),
-        reshape_to=keras_shape,
-        **common,
+        **_on_a_row(builder, layer, common),
     )
+
+
+def _on_a_row(builder, layer, common) -> dict[str, Any]:
+    """A 1-D operator is a 2-D one on an image of height 1; causal ones get their past of zeros."""
+    x, keras_shape = common["x"], common["shape"]
+    if layer.padding == "causal":
+        past = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        x = padded(builder, x, [(0, 0), (past, 0), (0, 0)], f"{layer.name}/past")
+    return {
+        **common,
+        "x": builder.reshape(x, (1, 1, *x.shape[1:]), f"{layer.name}/image"),
+        "shape": (1, 1, *keras_shape[1:]),
+        "reshape_to": keras_shape,
+    }
+
+
+def padded(builder: Builder, x: Stored, pads: list[tuple[int, int]], name: str) -> Stored:
+    """The tensor with zeros (before, after) each of its axes."""
+    constant = builder.constant(f"{name}/padding", np.asarray(pads, np.int32), "int32")
+    shape = tuple(size + sum(pad) for size, pad in zip(x.shape, pads, strict=True))
+    output = builder.activation(name, shape, x.grid)
+    version = 1 if x.grid is None else 2
+    builder.operator("PAD", version, [x.tensor, constant], output, schema.PadOptionsT())
+    return Stored(output, x.grid, x.gain)
+
+
+def _depthwise1d(builder, layer, kernel, common):
+    return _depthwise(builder, layer, kernel[None], _on_a_row(builder, layer, common))
+
+
+def _transposed1d(builder, layer, kernel, common):
+    return _transposed(builder, layer, kernel[None], _on_a_row(builder, layer, common))
 
 
 def _depthwise(builder, layer, kernel, common):
@@ -138,7 +172,7 @@ def _transposed(builder, layer, kernel, common):
     def options(fused):
         made = schema.TransposeConvOptionsT()
         made.padding = PADDING[layer.padding]
-        made.strideH, made.strideW = layer.strides
+        made.strideH, made.strideW = (1, *layer.strides)[-2:]
         made.fusedActivationFunction = fused
         return made
 
@@ -195,7 +229,9 @@ def _unit_options(options: Any, fused: int) -> Any:
 _LOWERINGS = {
     layers.Conv1D: _conv1d,
     layers.Conv2D: _conv2d,
+    layers.Conv1DTranspose: _transposed1d,
     layers.Conv2DTranspose: _transposed,
+    layers.DepthwiseConv1D: _depthwise1d,
     layers.DepthwiseConv2D: _depthwise,
     layers.Dense: _dense,
 }

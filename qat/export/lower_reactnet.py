@@ -9,7 +9,7 @@ from qat.export.builder import Builder, Stored
 from qat.export.graph import ExportError
 from qat.export.lower_linear import lower_affine, variable
 from qat.export.pending import Elementwise, Linear
-from qat.layers import FakeQuantize
+from qat.layers import FakeQuantize, QuantizedPReLU
 from qat.reactnet import LearnedShift, LearnedSlope
 
 
@@ -32,21 +32,28 @@ def sign_thresholds(layer: FakeQuantize, x: Stored) -> np.ndarray:
     return x.grid.qmin + (signs < 0).sum(axis=0)
 
 
-def lower_slope(builder: Builder, layer: LearnedSlope, inputs: list[Stored], shape) -> Elementwise:
+def slopes(layer: LearnedSlope | QuantizedPReLU) -> str:
+    """Name of the variable that holds a layer's slopes."""
+    return "slope" if isinstance(layer, LearnedSlope) else "alpha"
+
+
+def lower_slopes(
+    builder: Builder, layer: LearnedSlope | QuantizedPReLU, inputs: list[Stored], shape
+) -> Elementwise:
     """PRELU with the layer's int8 slopes.
 
     Raises:
         ExportError: a float input; slopes that are NaN or infinite.
     """
     if inputs[0].grid is None:
-        raise ExportError(f"{layer.name!r}: RPReLU of a float tensor; quantize its producer")
+        raise ExportError(f"{layer.name!r}: PReLU of a float tensor; quantize its producer")
     with tf.device("/CPU:0"):
-        value = tf.constant(variable(layer, "slope"))
+        value = tf.constant(variable(layer, slopes(layer)))
         codes = layer.quantizer.codes(value, {}).numpy()
         scale = layer.quantizer.grid({}, value).numpy().scale
     slope = builder.constant(
         f"{layer.name}/slope",
-        codes.reshape([1] * (len(shape) - 2) + [-1]),
+        codes.reshape([1] * (len(shape) - 1 - codes.ndim) + list(codes.shape)),
         "int8",
         scale=scale.reshape(1),
         zero_point=np.zeros(1, np.int64),

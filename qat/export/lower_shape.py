@@ -1,20 +1,17 @@
-"""Keras layers without kernels → their operators: pools, shapes, arithmetic, activations."""
+"""Keras layers without kernels → their operators: pools, paddings, arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored
-from qat.export.lower_linear import PADDING
-from qat.export.lower_reactnet import lower_slope
+from qat.export.lower_linear import PADDING, padded
 from qat.export.pending import Concat, Elementwise, Pending
 from qat.layers import ReplacedBySign
-from qat.reactnet import LearnedSlope
-from qat.roles import activation_name
 
 layers = tf_keras.layers
 Value = Stored | Pending
@@ -61,17 +58,24 @@ def _pool(operator: str):
         if len(shape) == 3:  # a 1-D pool is a 2-D one on an image of height 1
             x = builder.reshape(x, (1, 1, *x.shape[1:]), f"{layer.name}/image")
             shape = (1, 1, *shape[1:])
-        options = schema.Pool2DOptionsT()
-        options.padding = PADDING[layer.padding]
-        options.strideH, options.strideW = (1, *layer.strides)[-2:]
-        options.filterHeight, options.filterWidth = (1, *layer.pool_size)[-2:]
-        options.fusedActivationFunction = schema.ActivationFunctionType.NONE
+        window, strides = (1, *layer.pool_size)[-2:], (1, *layer.strides)[-2:]
+        options = pool_options(PADDING[layer.padding], window, strides)
         output = builder.activation(layer.name, shape, x.grid)
         builder.operator(operator, 1 if x.grid is None else 2, [x.tensor], output, options)
         stored = Stored(output, x.grid, x.gain)
         return builder.reshape(stored, keras_shape, f"{layer.name}/reshape")
 
     return lower
+
+
+def pool_options(padding: int, window: Sequence[int], strides: Sequence[int]):
+    """Options of MAX_POOL_2D and AVERAGE_POOL_2D; sizes are (rows, columns)."""
+    options = schema.Pool2DOptionsT()
+    options.padding = padding
+    options.strideH, options.strideW = strides
+    options.filterHeight, options.filterWidth = window
+    options.fusedActivationFunction = schema.ActivationFunctionType.NONE
+    return options
 
 
 def _reduction_axes(builder: Builder, layer, rank: int):
@@ -106,54 +110,21 @@ def _global_max(builder, layer, inputs, shape):
 
 
 def _zero_padding(builder, layer, inputs, shape):
-    x = inputs[0]
-    pads = layer.padding if len(shape) == 4 else [layer.padding]
-    pads = np.asarray([(0, 0), *pads, (0, 0)], np.int32)
-    constant = builder.constant(f"{layer.name}/padding", pads, "int32")
-    output = builder.activation(layer.name, shape, x.grid)
-    version = 1 if x.grid is None else 2
-    builder.operator("PAD", version, [x.tensor, constant], output, schema.PadOptionsT())
-    return Stored(output, x.grid, x.gain)
-
-
-def softmax_options(fused: int) -> schema.SoftmaxOptionsT:
-    options = schema.SoftmaxOptionsT()
-    options.beta = 1.0
-    return options
-
-
-_ACTIVATION_OPERATORS = {
-    "relu": ("RELU", lambda fused: None),
-    "relu6": ("RELU6", lambda fused: None),
-    "softmax": ("SOFTMAX", softmax_options),
-    "sigmoid": ("LOGISTIC", lambda fused: None),
-    "tanh": ("TANH", lambda fused: None),
-}
-
-
-def _activation(builder, layer, inputs, shape):
-    name, x = activation_name(layer), inputs[0]
-    if name == "linear":
-        return x
-    if isinstance(x, Pending):
-        return x.with_activation(name)
-    operator, options = _ACTIVATION_OPERATORS[name]
-    return Elementwise(
-        name=layer.name, shape=shape, inputs=(x,), operator=operator, options=options
-    )
+    pads = [layer.padding] if len(shape) == 3 else layer.padding
+    return padded(builder, inputs[0], [(0, 0), *pads, (0, 0)], layer.name)
 
 
 LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Value]] = {
-    layers.Activation: _activation,
-    layers.ReLU: _activation,
-    layers.Softmax: _activation,
     ReplacedBySign: _identity,
-    LearnedSlope: lower_slope,
     layers.Dropout: _identity,
     layers.SpatialDropout1D: _identity,
     layers.SpatialDropout2D: _identity,
     layers.GaussianNoise: _identity,
     layers.GaussianDropout: _identity,
+    layers.SpatialDropout3D: _identity,
+    layers.AlphaDropout: _identity,
+    layers.ActivityRegularization: _identity,
+    layers.Identity: _identity,
     layers.Flatten: _reshape,
     layers.Reshape: _reshape,
     layers.MaxPooling1D: _pool("MAX_POOL_2D"),
@@ -162,14 +133,15 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.AveragePooling2D: _pool("AVERAGE_POOL_2D"),
     layers.GlobalAveragePooling1D: _global_average,
     layers.GlobalAveragePooling2D: _global_average,
+    layers.GlobalAveragePooling3D: _global_average,
     layers.GlobalMaxPooling1D: _global_max,
     layers.GlobalMaxPooling2D: _global_max,
+    layers.GlobalMaxPooling3D: _global_max,
     layers.ZeroPadding1D: _zero_padding,
     layers.ZeroPadding2D: _zero_padding,
+    layers.ZeroPadding3D: _zero_padding,
     layers.Concatenate: _concatenate,
     layers.Add: _binary_operator("ADD", schema.AddOptionsT),
     layers.Subtract: _binary_operator("SUB", schema.SubOptionsT),
     layers.Multiply: _binary_operator("MUL", schema.MulOptionsT),
 }
-# These take operators that still wait for a grid; all others need their inputs in the file.
-TAKES_PENDING = (layers.Activation, layers.ReLU, layers.Concatenate, layers.Dropout)

@@ -31,17 +31,23 @@ class Pending(abc.ABC):
     Attributes:
         name: of the Keras layer. shape: of the output, batch 1.
         activation: None, "relu" or "relu6", fused.
+        bound: what a ReLU other than these two cuts its output at.
     """
 
     name: str
     shape: tuple[int, ...]
     activation: str | None = None
+    bound: float | None = None
 
-    def with_activation(self, activation: str) -> Pending:
+    def with_activation(self, activation: str, bound: float | None = None) -> Pending:
         """The same operator with a ReLU fused in."""
         if self.activation is not None:
             raise ExportError(f"{self.name!r} has two activations with no quantizer between them")
-        return dataclasses.replace(self, activation=activation)
+        return dataclasses.replace(self, activation=activation, bound=bound)
+
+    def fuses_activation(self) -> bool:
+        """Whether a ReLU can still go into the operator."""
+        return self.activation is None
 
     @abc.abstractmethod
     def emit(self, builder: Builder, name: str, grid: Grid | None) -> Stored:
@@ -66,10 +72,8 @@ class Elementwise(Pending):
     extra: tuple = ()
     fuses: bool = False
 
-    def with_activation(self, activation: str) -> Pending:
-        if not self.fuses:
-            raise ExportError(f"{self.name!r} ({self.operator}) takes no fused {activation}")
-        return super().with_activation(activation)
+    def fuses_activation(self) -> bool:
+        return self.fuses and super().fuses_activation()
 
     def emit(self, builder, name, grid):
         integer = grid is not None and all(value.grid is not None for value in self.inputs)
@@ -88,21 +92,23 @@ class Elementwise(Pending):
         builder.operator(self.operator, self.version if integer else 1, tensors, output, options)
         if integer:
             relu = self.activation is not None or self.operator in ("RELU", "RELU6")
-            return builder.clamped(Stored(output, grid), name, relu=relu)
-        return builder.to_grid(Stored(output, None), grid, name) if grid else Stored(output, None)
+            clamped = builder.clamped(Stored(output, grid), name, relu=relu)
+            return builder.capped(clamped, self.bound, name)
+        real = builder.capped(Stored(output, None), self.bound, name)
+        return builder.to_grid(real, grid, name) if grid else real
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Concat(Pending):
-    """CONCATENATION: all inputs go onto the output's grid, pending ones with no extra operator."""
+class Joined(Pending):
+    """All inputs go onto the output's grid, pending ones with no extra operator."""
 
     inputs: tuple[Stored | Pending, ...]
-    axis: int
 
-    def with_activation(self, activation):
-        raise ExportError(f"{self.name!r} (CONCATENATION) takes no fused {activation}")
+    def fuses_activation(self) -> bool:
+        return False
 
-    def emit(self, builder, name, grid):
+    def stored_inputs(self, builder: Builder, grid: Grid | None) -> list[Stored]:
+        """The inputs on the grid, or in float32."""
         stored = []
         for value in self.inputs:
             if isinstance(value, Pending):
@@ -112,10 +118,20 @@ class Concat(Pending):
             else:
                 stored.append(builder.to_grid(value, grid, f"{self.name}/input"))
             require_no_gain(stored[-1], self.name)
+        return stored
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Concat(Joined):
+    """CONCATENATION."""
+
+    axis: int
+
+    def emit(self, builder, name, grid):
+        tensors = [value.tensor for value in self.stored_inputs(builder, grid)]
         options = schema.ConcatenationOptionsT()
         options.axis = self.axis
         output = builder.activation(name, self.shape, grid)
-        tensors = [value.tensor for value in stored]
         builder.operator("CONCATENATION", 1 if grid is None else 2, tensors, output, options)
         return Stored(output, grid)
 
@@ -208,7 +224,8 @@ class Linear(Pending):
         builder.operator(
             self.operator, self._version(container.read, grid), inputs, output, options
         )
-        return builder.clamped(Stored(output, grid), name, relu=self.activation is not None)
+        clamped = builder.clamped(Stored(output, grid), name, relu=self.activation is not None)
+        return builder.capped(clamped, self.bound, name)
 
     def _kernel_constant(self, builder: Builder, container: Container, scale: np.ndarray) -> Tensor:
         """The tensor that the operator reads, on the given scales."""
@@ -266,5 +283,5 @@ class Linear(Pending):
         builder.operator(
             self.operator, version, inputs, output, self.options(_FUSED[self.activation])
         )
-        stored = Stored(output, None)
+        stored = builder.capped(Stored(output, None), self.bound, name)
         return stored if grid is None else builder.to_grid(stored, grid, name)

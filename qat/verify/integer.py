@@ -16,15 +16,17 @@ Covered; activations are int8, and int16 where the table says so:
 |---|---|
 | ADD, SUB, MUL, MAXIMUM, MINIMUM, GREATER_EQUAL | int16 |
 | RELU, RELU6, LEAKY_RELU, PRELU, LOGISTIC, TANH, SOFTMAX | int16 |
-| HARD_SWISH | none |
+| HARD_SWISH, ELU, GELU (exact), EXP | none |
 | MAX_POOL_2D, AVERAGE_POOL_2D, MEAN, REDUCE_MAX, RESIZE_BILINEAR | int16 |
 | CONCATENATION, PAD, PADV2, RESHAPE, SQUEEZE, EXPAND_DIMS, SPLIT | int16, uint8, float32, bool |
-| SLICE, STRIDED_SLICE, RESIZE_NEAREST_NEIGHBOR | int16, uint8, float32, bool |
-| SELECT_V2 | int16, float32 |
+| SLICE, STRIDED_SLICE, RESIZE_NEAREST_NEIGHBOR, TRANSPOSE, TILE | int16, uint8, float32, bool |
+| SELECT_V2, GATHER (first axis) | int16, float32 |
+| CAST | int16, int32, float32 as input; int32, int64 as output |
 | QUANTIZE | float32, int16 and uint8 as input; int16 and uint8 as output; not int16 to uint8 |
 | DEQUANTIZE | int2, int4, int16, uint8 |
 
-Every one of these has a reference kernel. What BUILTIN_REF refuses although other kernels run it:
+ADD also adds int32. Every one of these but ELU has a reference kernel. What BUILTIN_REF refuses
+although other kernels run it:
 
 | file | here |
 |---|---|
@@ -46,6 +48,7 @@ from qat.verify import (
     integer_elementwise,
     integer_linear,
     integer_shape,
+    integer_tables,
     integer_windows,
 )
 from qat.verify.integer_call import Call, Value
@@ -65,6 +68,7 @@ _KERNELS = {
     **integer_elementwise.KERNELS,
     **integer_linear.KERNELS,
     **integer_shape.KERNELS,
+    **integer_tables.KERNELS,
     **integer_windows.KERNELS,
 }
 

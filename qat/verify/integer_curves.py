@@ -34,7 +34,7 @@ def _tanh_curve(x: np.ndarray) -> np.ndarray:
     return np.tanh(x.astype(np.float64)).astype(np.float32)
 
 
-def _lookup(call: Call, x: Value, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def lookup(call: Call, x: Value, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """int8: a table of 256 codes, computed in float32 (LUTPopulate in internal/common.h).
 
     The kernel calls the C library's `expf` and `tanhf`, we round float64 results to float32;
@@ -91,7 +91,7 @@ def logistic(call: Call) -> np.ndarray:
     if call.require_types("int8", "int16", values=(x,)) == "int8":
         right = call.output.scale == np.float32(1 / 256)
         call.require(right, f"has output scale {call.output.scale}, needs 1/256")
-        return _lookup(call, x, _logistic_curve)
+        return lookup(call, x, _logistic_curve)
     argument = _table_argument(call, x, (0,))
     result = np.where(np.abs(argument) >> 9 >= 255, 0x7FFF << 10, _interpolated(argument, 9))
     result = np.where(argument >= 0, result + 512, (1 << 25) - result + 511)
@@ -102,7 +102,7 @@ def tanh(call: Call) -> np.ndarray:
     """`tanh(x)`; int16 output scale 1/32768."""
     (x,) = call.arguments(1)
     if call.require_types("int8", "int16", values=(x,)) == "int8":
-        return _lookup(call, x, _tanh_curve)
+        return lookup(call, x, _tanh_curve)
     argument = _table_argument(call, x, (0, 1))
     result = np.where(np.abs(argument) >> 8 >= 255, 0xFFFF << 8, _interpolated(argument, 8))
     result = np.where(argument >= 0, result - (1 << 23) + 128, (1 << 23) - result + 127)
@@ -186,7 +186,7 @@ def _chord_table(curve: Callable, start: float, stop: float) -> np.ndarray:
     return np.clip(table, -32768, 32767).astype(np.int64)
 
 
-def _chord_lookup(x: np.ndarray, table: np.ndarray) -> np.ndarray:
+def _chordlookup(x: np.ndarray, table: np.ndarray) -> np.ndarray:
     index = 256 + (x >> 7)
     return table[index] + (((table[index + 1] - table[index]) * (x & 127) + 64) >> 7)
 
@@ -199,14 +199,14 @@ def _softmax16(call: Call, x: Value, below: np.ndarray) -> np.ndarray:
     call.require(x.tensor.zero_point == 0, "has a zero point that is not 0 on an int16 tensor")
     real = np.float64(x.scale * np.float32(call.option("beta"))) / (10.0 / 65535.0)
     argument = multiply(below, *quantize_multiplier(real)) + 32767
-    exponentials = _chord_lookup(np.clip(argument, -32768, 32767), _EXP_TABLE)
+    exponentials = _chordlookup(np.clip(argument, -32768, 32767), _EXP_TABLE)
     total = exponentials.sum(axis=-1, keepdims=True)
     call.require(
         bool(np.all((total > 0) & (total < 2**31))), "sums to more than its register holds"
     )
     headroom = 32 - np.frexp(total.astype(np.float64))[1].astype(np.int64)
     fraction = (((total << (headroom - 1)) + (1 << 13)) >> 14) - (2**15 + 2**16)
-    inverse = _chord_lookup(np.clip(fraction, -32768, 32767), _INVERSE_TABLE)
+    inverse = _chordlookup(np.clip(fraction, -32768, 32767), _INVERSE_TABLE)
     shift = 31 - headroom
     return np.clip((exponentials * inverse + (np.int64(1) << (shift - 1))) >> shift, 0, 32767)
 

@@ -39,8 +39,11 @@ def sub(call: Call) -> np.ndarray:
 
 def _sum(call: Call, sign: int) -> np.ndarray:
     a, b = call.arguments(2)
-    dtype = call.require_types("int8", "int16", values=(a, b))
+    dtype = call.require_types("int8", "int16", "int32", values=(a, b))
     shape = broadcast_shape(call, a, b)
+    if dtype == "int32":
+        call.require(call.option("fusedActivationFunction") == 0, "has a fused activation")
+        return wrap32(a.codes.astype(np.int64) + sign * b.codes.astype(np.int64))
     if dtype == "int16":
         _require_zero_points(call, a, b)
         logarithms = [_log2(scale) for scale in (a.scale, b.scale, call.output.scale)]

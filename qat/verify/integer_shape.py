@@ -82,6 +82,26 @@ def reshape(call: Call) -> np.ndarray:
     return x.codes.reshape(shape)
 
 
+def transpose(call: Call) -> np.ndarray:
+    """The dimensions in another order."""
+    x, order = call.arguments(2)
+    _moved(call, x)
+    axes = call.constant(order, "int32")
+    call.require(sorted(axes) == list(range(len(x.shape))), f"transposes {x.shape} by {axes}")
+    return x.codes.transpose(axes)
+
+
+def tile(call: Call) -> np.ndarray:
+    """The tensor, repeated along each dimension."""
+    x, times = call.arguments(2)
+    _moved(call, x)
+    counts = call.constant(times, "int32", "int64")
+    legal = len(counts) == len(x.shape) and min(counts, default=1) >= 0
+    call.require(legal, f"repeats {x.shape} {counts} times")
+    call.require_size(tuple(size * n for size, n in zip(x.shape, counts, strict=True)))
+    return np.tile(x.codes, counts)
+
+
 def squeeze(call: Call) -> np.ndarray:
     """Drops the named dimensions of size 1, or all of them when none is named."""
     (x,) = call.arguments(1)
@@ -224,4 +244,6 @@ KERNELS: dict[str, Callable[[Call], np.ndarray | list[np.ndarray]]] = {
     "SPLIT": split,
     "SQUEEZE": squeeze,
     "STRIDED_SLICE": strided_slice,
+    "TILE": tile,
+    "TRANSPOSE": transpose,
 }
