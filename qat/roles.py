@@ -9,6 +9,7 @@ import tf_keras
 from qat import configs
 from qat.errors import QatError
 from qat.layers import ReplacedBySign
+from qat.operator_layers import Affine, ChannelScale, Pad, ReduceMax, ReduceMean, Slice
 
 layers = tf_keras.layers
 
@@ -21,7 +22,7 @@ class Role(enum.Enum):
     """How a layer's output relates to the integer grid of its input."""
 
     LINEAR = "has a kernel; one output grid after batch normalization and activation"
-    BATCHNORM = "folds into the kernel in front of it, else a per-channel affine operator"
+    BATCHNORM = "affine: folds into the kernel in front of it, else a per-channel operator"
     RELU = "fuses into the operator in front of it"
     PASS = "moves or picks values: the output lies on the input's grid"
     AVERAGE = "averages codes: the kernel keeps the input's grid"
@@ -36,6 +37,8 @@ class Role(enum.Enum):
 ROLES: dict[type, Role] = {
     **dict.fromkeys(configs.KERNELS, Role.LINEAR),
     layers.BatchNormalization: Role.BATCHNORM,
+    Affine: Role.BATCHNORM,
+    ChannelScale: Role.BATCHNORM,
     layers.ReLU: Role.RELU,
     ReplacedBySign: Role.IDENTITY,
     layers.Dropout: Role.IDENTITY,
@@ -43,6 +46,15 @@ ROLES: dict[type, Role] = {
     layers.SpatialDropout2D: Role.IDENTITY,
     layers.GaussianNoise: Role.IDENTITY,
     layers.GaussianDropout: Role.IDENTITY,
+    layers.AlphaDropout: Role.IDENTITY,
+    layers.ActivityRegularization: Role.IDENTITY,
+    layers.RandomBrightness: Role.IDENTITY,
+    layers.RandomContrast: Role.IDENTITY,
+    layers.RandomCrop: Role.IDENTITY,
+    layers.RandomFlip: Role.IDENTITY,
+    layers.RandomRotation: Role.IDENTITY,
+    layers.RandomTranslation: Role.IDENTITY,
+    layers.RandomZoom: Role.IDENTITY,
     layers.MaxPooling1D: Role.PASS,
     layers.MaxPooling2D: Role.PASS,
     layers.GlobalMaxPooling1D: Role.PASS,
@@ -51,6 +63,11 @@ ROLES: dict[type, Role] = {
     layers.Reshape: Role.PASS,
     layers.ZeroPadding1D: Role.PASS,
     layers.ZeroPadding2D: Role.PASS,
+    layers.Permute: Role.PASS,
+    layers.Resizing: Role.PASS,  # "bilinear" averages
+    Pad: Role.PASS,
+    ReduceMax: Role.PASS,
+    Slice: Role.PASS,
     layers.AveragePooling1D: Role.AVERAGE,
     layers.AveragePooling2D: Role.AVERAGE,
     layers.Concatenate: Role.CONCAT,
@@ -59,6 +76,7 @@ ROLES: dict[type, Role] = {
     layers.Multiply: Role.ELEMENTWISE,
     layers.GlobalAveragePooling1D: Role.COMPUTE,
     layers.GlobalAveragePooling2D: Role.COMPUTE,
+    ReduceMean: Role.COMPUTE,
     layers.Rescaling: Role.COMPUTE,
     layers.Softmax: Role.FIXED,
 }
@@ -69,12 +87,14 @@ ACTIVATIONS: dict[str, Role] = {
     "softmax": Role.FIXED,
     "sigmoid": Role.FIXED,
     "tanh": Role.FIXED,
+    "hard_sigmoid6": Role.FIXED,
 }
 # The output ranges that TFLite's kernels prescribe (8-bit specification): (minimum, maximum).
 FIXED_RANGES = {
     "softmax": (0.0, 255.0 / 256.0),
     "sigmoid": (0.0, 255.0 / 256.0),
     "tanh": (-1.0, 127.0 / 128.0),
+    "hard_sigmoid6": (0.0, 1.0),  # its operator is ours, so that 1 is a code
 }
 
 
@@ -136,6 +156,8 @@ def role(layer: layers.Layer) -> Role:
             "the layer"
         )
     _check_options(layer)
+    if isinstance(layer, layers.Resizing) and layer.interpolation == "bilinear":
+        return Role.AVERAGE
     return ROLES[type(layer)]
 
 
@@ -166,6 +188,15 @@ def _check_options(layer: layers.Layer) -> None:
         f"axis={axis}; TFLite's channels are the last axis": (
             isinstance(layer, layers.BatchNormalization)
             and normalized not in (-1, layer.input_spec.ndim - 1 if layer.built else -1)
+        ),
+        "an interpolation or a crop that TFLite lacks; it has 'nearest' and 'bilinear'": (
+            isinstance(layer, layers.Resizing)
+            and (layer.interpolation not in ("nearest", "bilinear") or layer.crop_to_aspect_ratio)
+        ),
+        "another size than its input, which it resizes to; crop while training": (
+            isinstance(layer, layers.RandomCrop)
+            and layer.inbound_nodes
+            and tuple(layer.input_shape[-3:-1]) != (layer.height, layer.width)
         ),
         "axis=0, the batch": isinstance(layer, layers.Concatenate) and axis == 0,
     }
