@@ -27,6 +27,7 @@ from qat.integer_kernels import (
     scale_or_bias_mismatch,
 )
 from qat.layers import FakeQuantize
+from qat.operator_layers import Affine, ChannelScale
 from qat.quantizers import BinaryActivationQuantizer
 from qat.reactnet import LearnedShift, LearnedSlope
 from qat.tflite_file import FileModel, FileOperator, FileTensor
@@ -235,9 +236,13 @@ class _Comparison:
         return None
 
     def folded(self, call: Call) -> tuple[np.ndarray, np.ndarray]:
-        """(multiplier, offset) of the batch norm that alone reads the call's output, float64."""
+        """(multiplier, offset) of the affine layer that alone reads the call's output, float64."""
         readers = self.readers[id(call.output)]
         norm = readers[0].layer if len(readers) == 1 and readers[0] is not None else None
+        if isinstance(norm, Affine):
+            return np.asarray(norm.multiplier, float), np.asarray(norm.offset, float)
+        if isinstance(norm, ChannelScale):
+            return norm.gamma.numpy().astype(float), np.asarray(0.0)
         if not isinstance(norm, layers.BatchNormalization):
             return np.asarray(1.0), np.asarray(0.0)
         deviation = np.sqrt(norm.moving_variance.numpy().astype(float) + norm.epsilon)

@@ -196,7 +196,7 @@ def _check_options(layer: layers.Layer) -> None:
         "another size than its input, which it resizes to; crop while training": (
             isinstance(layer, layers.RandomCrop)
             and layer.inbound_nodes
-            and tuple(layer.input_shape[-3:-1]) != (layer.height, layer.width)
+            and tuple(layer.get_input_shape_at(0)[-3:-1]) != (layer.height, layer.width)
         ),
         "axis=0, the batch": isinstance(layer, layers.Concatenate) and axis == 0,
     }

@@ -8,10 +8,11 @@ import numpy as np
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
+from qat.export import lower_operators
 from qat.export.builder import Builder, Stored
-from qat.export.lower_linear import PADDING
+from qat.export.lower_linear import PADDING, lower_affine
 from qat.export.lower_reactnet import lower_slope
-from qat.export.pending import Concat, Elementwise, Pending
+from qat.export.pending import Concat, Elementwise, Linear, Pending
 from qat.layers import ReplacedBySign
 from qat.reactnet import LearnedSlope
 from qat.roles import activation_name
@@ -137,10 +138,21 @@ def _activation(builder, layer, inputs, shape):
         return x
     if isinstance(x, Pending):
         return x.with_activation(name)
+    if name == "hard_sigmoid6":
+        return _hard_sigmoid(builder, layer.name, x)
     operator, options = _ACTIVATION_OPERATORS[name]
     return Elementwise(
         name=layer.name, shape=shape, inputs=(x,), operator=operator, options=options
     )
+
+
+def _hard_sigmoid(builder: Builder, name: str, x: Stored) -> Linear:
+    """x/6 + 1/2; integers are cut off above at 1, the highest code of the output's grid."""
+    if x.grid is not None:
+        return lower_affine(builder, name, x, 1 / 6, 1 / 2, integer=True).with_activation("relu")
+    shifted = lower_affine(builder, name, x, 1.0, 3.0, integer=False).with_activation("relu6")
+    bounded = shifted.emit(builder, f"{name}/relu6", None)
+    return lower_affine(builder, name, bounded, 1 / 6, 0.0, integer=False)
 
 
 LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Value]] = {
@@ -154,6 +166,15 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.SpatialDropout2D: _identity,
     layers.GaussianNoise: _identity,
     layers.GaussianDropout: _identity,
+    layers.AlphaDropout: _identity,
+    layers.ActivityRegularization: _identity,
+    layers.RandomBrightness: _identity,
+    layers.RandomContrast: _identity,
+    layers.RandomCrop: _identity,
+    layers.RandomFlip: _identity,
+    layers.RandomRotation: _identity,
+    layers.RandomTranslation: _identity,
+    layers.RandomZoom: _identity,
     layers.Flatten: _reshape,
     layers.Reshape: _reshape,
     layers.MaxPooling1D: _pool("MAX_POOL_2D"),
@@ -170,6 +191,7 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.Add: _binary_operator("ADD", schema.AddOptionsT),
     layers.Subtract: _binary_operator("SUB", schema.SubOptionsT),
     layers.Multiply: _binary_operator("MUL", schema.MulOptionsT),
+    **lower_operators.LOWERINGS,
 }
 # These take operators that still wait for a grid; all others need their inputs in the file.
 TAKES_PENDING = (layers.Activation, layers.ReLU, layers.Concatenate, layers.Dropout)

@@ -19,7 +19,7 @@ Covered; activations are int8, and int16 where the table says so:
 | HARD_SWISH | none |
 | MAX_POOL_2D, AVERAGE_POOL_2D, MEAN, REDUCE_MAX, RESIZE_BILINEAR | int16 |
 | CONCATENATION, PAD, PADV2, RESHAPE, SQUEEZE, EXPAND_DIMS, SPLIT | int16, uint8, float32, bool |
-| SLICE, STRIDED_SLICE, RESIZE_NEAREST_NEIGHBOR | int16, uint8, float32, bool |
+| SLICE, STRIDED_SLICE, TRANSPOSE, RESIZE_NEAREST_NEIGHBOR | int16, uint8, float32, bool |
 | SELECT_V2 | int16, float32 |
 | QUANTIZE | float32, int16 and uint8 as input; int16 and uint8 as output; not int16 to uint8 |
 | DEQUANTIZE | int2, int4, int16, uint8 |

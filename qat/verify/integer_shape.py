@@ -1,7 +1,7 @@
 """Operators that move codes without computing: shapes, slices, paddings, resizing.
 
 After tflite/kernels/{concatenation, pad, reshape, squeeze, expand_dims, split, slice,
-strided_slice}.cc and internal/reference/{resize_bilinear, resize_nearest_neighbor}.h.
+strided_slice, transpose}.cc and internal/reference/{resize_bilinear, resize_nearest_neighbor}.h.
 """
 
 from __future__ import annotations
@@ -100,6 +100,16 @@ def expand_dims(call: Call) -> np.ndarray:
     numbers = call.constant(axis, "int32", "int64")
     call.require(len(numbers) == 1, f"names {len(numbers)} dimensions")
     return np.expand_dims(x.codes, call.axis(numbers[0], len(x.shape) + 1))
+
+
+def transpose(call: Call) -> np.ndarray:
+    """Dimension `d` of the output is dimension `permutation[d]` of the input."""
+    x, permutation = call.arguments(2)
+    _moved(call, x)
+    rank = len(x.shape)
+    order = [call.axis(d, rank) for d in call.constant(permutation, "int32")]
+    call.require(sorted(order) == list(range(rank)), f"reorders {x.shape} by {order[:8]}")
+    return x.codes.transpose(order)
 
 
 def split(call: Call) -> list[np.ndarray]:
@@ -224,4 +234,5 @@ KERNELS: dict[str, Callable[[Call], np.ndarray | list[np.ndarray]]] = {
     "SPLIT": split,
     "SQUEEZE": squeeze,
     "STRIDED_SLICE": strided_slice,
+    "TRANSPOSE": transpose,
 }
