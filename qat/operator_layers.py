@@ -150,3 +150,25 @@ class ReduceMax(_Reduce):
 
     def call(self, inputs):
         return tf.reduce_max(inputs, self.axes, keepdims=self.keepdims)
+
+
+@_register
+class FoldedAway(tf_keras.layers.Layer):
+    """The identity, in the place of a layer that the kernel behind it has taken in.
+
+    Args:
+        replaced: class name of the layer that stood here. into: name of the kernel's layer.
+    """
+
+    def __init__(self, replaced: str, into: str, **kwargs):
+        super().__init__(**kwargs)
+        self.replaced, self.into = replaced, into
+
+    def call(self, inputs):
+        return inputs
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "replaced": self.replaced, "into": self.into}

@@ -9,7 +9,15 @@ import tf_keras
 from qat import configs
 from qat.errors import QatError
 from qat.layers import ReplacedBySign
-from qat.operator_layers import Affine, ChannelScale, Pad, ReduceMax, ReduceMean, Slice
+from qat.operator_layers import (
+    Affine,
+    ChannelScale,
+    FoldedAway,
+    Pad,
+    ReduceMax,
+    ReduceMean,
+    Slice,
+)
 
 layers = tf_keras.layers
 
@@ -41,6 +49,7 @@ ROLES: dict[type, Role] = {
     ChannelScale: Role.BATCHNORM,
     layers.ReLU: Role.RELU,
     ReplacedBySign: Role.IDENTITY,
+    FoldedAway: Role.IDENTITY,
     layers.Dropout: Role.IDENTITY,
     layers.SpatialDropout1D: Role.IDENTITY,
     layers.SpatialDropout2D: Role.IDENTITY,

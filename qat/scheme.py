@@ -11,6 +11,7 @@ import tf_keras
 
 from qat import configs
 from qat.canonical import calls, canonicalize
+from qat.canonical.fold import fold_forward
 from qat.placement import Decision, place_quantizers
 from qat.recipe import Recipe, RecipeError, Rule, load_recipe
 from qat.wrapper import KernelWrapper
@@ -105,10 +106,20 @@ class LayoutTransform(_keras.QuantizeLayoutTransform):
                 return layer
             return KernelWrapper(layer, _given_or_made(layer, annotated, decisions))
 
-        # 3. Kernel and activation quantizers, and signs in place of ReLUs.
+        # 3. What is affine in front of a kernel.
+        model = fold_forward(model, lambda *pair: _may_fold(*(decisions[la.name] for la in pair)))
+        # 4. Kernel and activation quantizers, and signs in place of ReLUs.
         model = place_quantizers(model, decisions, input_range=self.input_range, wrap=wrap)
-        # 4. quantize_apply has nothing left to wrap.
+        # 5. quantize_apply has nothing left to wrap.
         return model, {}
+
+
+def _may_fold(affine: Decision, kernel: Decision) -> bool:
+    """Below 8 bits one grid would have to hold what the affine layer evens out."""
+    specs = kernel.weights, kernel.activations
+    return affine.keep_float is None and all(
+        spec is not None and spec.bits in (8, 16) for spec in specs
+    )
 
 
 def _needs_wrapper(layer: tf_keras.layers.Layer, decision: Decision) -> bool:

@@ -185,9 +185,7 @@ def _reduction(pools: dict[int, type], general: type) -> Callable:
     return rewrite
 
 
-_mean = _reduction(
-    {3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}, ReduceMean
-)
+_mean = _reduction({3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}, ReduceMean)
 
 
 def _sum(call: OperatorCall, input_tensor: Any, axis: Any, keepdims: Any, **_) -> Any:

@@ -30,9 +30,7 @@ def constants(value: Any) -> np.ndarray:
         NoLayerError: they are computed in the model, as from `tf.shape`.
     """
     if any(is_tensor(part) for part in tf.nest.flatten(value)):
-        raise NoLayerError(
-            "a size is computed in the model, as with tf.shape; give it as a number"
-        )
+        raise NoLayerError("a size is computed in the model, as with tf.shape; give it as a number")
     return np.asarray(tf.nest.map_structure(_constant, value))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import tf_keras
 
-from qat.canonical import helpers, operator_arithmetic, operator_moves
+from qat.canonical import helper_layers, operator_arithmetic, operator_moves
 from qat.canonical.graph import Call, LayerCopies, functional, rebuild
 from qat.canonical.made import MadeLayers, Origins
 from qat.canonical.operator_call import NoLayerError, OperatorCall
@@ -28,7 +28,7 @@ def is_operator_call(layer: tf_keras.layers.Layer) -> bool:
 
 def is_rewritten(layer: tf_keras.layers.Layer) -> bool:
     """Whether `operators_to_layers` puts others in the layer's place."""
-    return is_operator_call(layer) or type(layer) in helpers.REWRITES
+    return is_operator_call(layer) or type(layer) in helper_layers.REWRITES
 
 
 def operators_to_layers(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, Origins]]:
@@ -62,8 +62,10 @@ class _Rewriting:
         if not is_rewritten(call.layer):
             return self.copies(call.layer)(*args, **kwargs)
         try:
-            if type(call.layer) in helpers.REWRITES:
-                return helpers.REWRITES[type(call.layer)](OperatorCall(call, self.made), args[0])
+            if type(call.layer) in helper_layers.REWRITES:
+                return helper_layers.REWRITES[type(call.layer)](
+                    OperatorCall(call, self.made), args[0]
+                )
             return self._rewritten(call, args, kwargs)
         except NoLayerError as reason:
             # Not yet an error: what reads it, as a batch size, may do without it.

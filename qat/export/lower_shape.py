@@ -14,6 +14,7 @@ from qat.export.lower_linear import PADDING, lower_affine
 from qat.export.lower_reactnet import lower_slope
 from qat.export.pending import Concat, Elementwise, Linear, Pending
 from qat.layers import ReplacedBySign
+from qat.operator_layers import FoldedAway
 from qat.reactnet import LearnedSlope
 from qat.roles import activation_name
 
@@ -160,6 +161,7 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.ReLU: _activation,
     layers.Softmax: _activation,
     ReplacedBySign: _identity,
+    FoldedAway: _identity,
     LearnedSlope: lower_slope,
     layers.Dropout: _identity,
     layers.SpatialDropout1D: _identity,
