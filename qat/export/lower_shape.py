@@ -195,5 +195,10 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.Multiply: _binary_operator("MUL", schema.MulOptionsT),
     **lower_operators.LOWERINGS,
 }
-# These take operators that still wait for a grid; all others need their inputs in the file.
-TAKES_PENDING = (layers.Activation, layers.ReLU, layers.Concatenate, layers.Dropout)
+
+
+def takes_pending(layer: layers.Layer) -> bool:
+    """Whether the layer takes an operator that still waits for a grid; all others need their
+    inputs in the file."""
+    fuses = activation_name(layer) in ("linear", "relu", "relu6")
+    return fuses or isinstance(layer, layers.Concatenate | layers.Dropout)
