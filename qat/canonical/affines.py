@@ -6,7 +6,7 @@ from typing import Any
 
 import tf_keras
 
-from qat.canonical.graph import Call, LayerCopies, calls, functional, rebuild
+from qat.canonical.graph import Call, calls, functional, rebuild
 from qat.canonical.hard_activations import factors, hard_activation, is_affine
 from qat.canonical.made import MadeLayers, Origins
 from qat.operator_layers import Affine
@@ -20,21 +20,18 @@ def join_affines(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, Origi
 
     Hard activations made of them become activation layers. An affine layer on another one, or on a
     Rescaling, becomes one; a plain positive factor that does not follow a kernel becomes a
-    Rescaling, which the kernels behind it absorb. Weights are copied.
+    Rescaling, which the kernels behind it absorb. All other layers are shared with the result.
 
     Returns:
         (model, origins): origins names the layers that each new one takes the place of.
     """
     joining = _Joining(functional(model))
-    result = rebuild(joining.model, joining.visit, joining.on_input)
-    joining.copies.copy_weights()
-    return result, joining.made.origins
+    return rebuild(joining.model, joining.visit, joining.on_input), joining.made.origins
 
 
 class _Joining:
     def __init__(self, model: tf_keras.Model):
         self.model = model
-        self.copies = LayerCopies()
         self.made = MadeLayers(())
         self.producer = {id(call.output): call for call in calls(model) if len(call.outputs) == 1}
         # For the id of each of the old model's tensors, the new model's.
@@ -52,7 +49,7 @@ class _Joining:
         elif isinstance(call.layer, Affine):
             output = self._affine(call)
         else:
-            output = self.copies(call.layer)(*args, **kwargs)
+            output = call.layer(*args, **kwargs)
         if len(call.outputs) == 1:
             self.new[id(call.output)] = output
         return output

@@ -37,7 +37,9 @@ def as_layers(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, Origins]
 def _composed(before: dict[str, Origins], after: dict[str, Origins]) -> dict[str, Origins]:
     """The origins of layers whose own origins had origins."""
     composed = {
-        name: tuple(dict.fromkeys(p for pair in pairs for p in (pair, *before.get(pair[0], ()))))
+        name: tuple(
+            dict.fromkeys(known for pair in pairs for known in before.get(pair[0], (pair,)))
+        )
         for name, pairs in after.items()
     }
     return {**before, **composed}
