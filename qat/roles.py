@@ -59,7 +59,6 @@ ROLES: dict[type, Role] = {
     layers.ActivityRegularization: Role.IDENTITY,
     layers.RandomBrightness: Role.IDENTITY,
     layers.RandomContrast: Role.IDENTITY,
-    layers.RandomCrop: Role.IDENTITY,
     layers.RandomFlip: Role.IDENTITY,
     layers.RandomRotation: Role.IDENTITY,
     layers.RandomTranslation: Role.IDENTITY,
@@ -201,11 +200,6 @@ def _check_options(layer: layers.Layer) -> None:
         "an interpolation or a crop that TFLite lacks; it has 'nearest' and 'bilinear'": (
             isinstance(layer, layers.Resizing)
             and (layer.interpolation not in ("nearest", "bilinear") or layer.crop_to_aspect_ratio)
-        ),
-        "another size than its input, which it resizes to; crop while training": (
-            isinstance(layer, layers.RandomCrop)
-            and layer.inbound_nodes
-            and tuple(layer.get_input_shape_at(0)[-3:-1]) != (layer.height, layer.width)
         ),
         "axis=0, the batch": isinstance(layer, layers.Concatenate) and axis == 0,
     }

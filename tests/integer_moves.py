@@ -116,6 +116,17 @@ def reshaping(draw) -> Case:
 
 
 @st.composite
+def transpose(draw) -> Case:
+    d = Draw(draw)
+    x = d.tensor(d.one(*ACTIVATIONS), [d.size(1, 4) for _ in range(d.size(1, 5))])
+    order = d.rng.permutation(len(x.shape))
+    inputs = [x, constant(order)]
+    shape = tuple(x.shape[axis] for axis in order)
+    operator = Operator(name="TRANSPOSE", inputs=inputs, outputs=[_on_grid(x, shape)], options={})
+    return case(operator, d.codes(x))
+
+
+@st.composite
 def split(draw) -> Case:
     d = Draw(draw)
     parts, axis = d.size(1, 3), d.size(-3, 2)

@@ -124,6 +124,7 @@ HELPERS = {
     "inverse": (lambda x: layers.Normalization(mean=1.0, variance=4.0, invert=True)(x), "Affine"),
     "LayerScale": (lambda x: LayerScale(1e-6, 4)(x), "ChannelScale"),
     "StochasticDepth": (lambda x: StochasticDepth(0.2)(x), "Dropout"),
+    "RandomCrop": (lambda x: layers.RandomCrop(8, 6)(x) + 1.0, "Affine"),
     "CustomScaleLayer": (lambda x, y: CustomScaleLayer(0.3)([x, y]), "Rescaling Add"),
 }
 GROUPS = {

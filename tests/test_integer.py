@@ -49,6 +49,7 @@ SUITE = {
     "SOFTMAX": pointwise.unary("SOFTMAX", grids=UNIT_INTERVAL),
     "SPLIT": moves.split(),
     "STRIDED_SLICE": moves.strided_slicing(),
+    "TRANSPOSE": moves.transpose(),
     "SUB": pointwise.binary("SUB"),
     "TANH": pointwise.unary("TANH", grids={"int16": UNIT_INTERVAL["int16"]}),
     "TRANSPOSE_CONV": cases.transpose_conv(),

@@ -14,7 +14,7 @@ from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 from qat.canonical.operator_arithmetic import affine
-from qat.canonical.operator_call import OperatorCall
+from qat.canonical.operator_call import NoLayerError, OperatorCall
 from qat.operator_layers import Affine, ChannelScale
 
 layers = tf_keras.layers
@@ -52,9 +52,18 @@ def _scaled_sum(call: OperatorCall, inputs: list) -> Any:
     return call.layer(layers.Add)([a, b])
 
 
+def _random_crop(call: OperatorCall, x: Any) -> Any:
+    """Nothing, if it crops nothing; in inference it resizes instead."""
+    layer = call.call.layer
+    if tuple(x.shape[1:3]) != (layer.height, layer.width):
+        raise NoLayerError("it resizes in inference; crop in the dataset instead")
+    return x
+
+
 REWRITES: dict[type, Callable[..., Any]] = {
     CustomScaleLayer: _scaled_sum,
     LayerScale: _layer_scale,
     StochasticDepth: _stochastic_depth,
     layers.Normalization: _normalization,
+    layers.RandomCrop: _random_crop,
 }

@@ -84,12 +84,12 @@ class _Rewriting:
     def require_none_left(self, result: tf_keras.Model) -> None:
         for layer in result.layers:
             if layer.name in self.reasons:
-                what = type(layer).__name__
+                kind, advice = type(layer).__name__, ""
                 if is_operator_call(layer):
-                    what = f"a call of tf.{_symbol(layer)}"
+                    kind, advice = f"a call of tf.{_symbol(layer)}", "; use a layer, or constants"
                 raise ModelError(
-                    f"layer {layer.name!r} ({what}) cannot be quantized: "
-                    f"{self.reasons[layer.name]}; use a layer, or constants"
+                    f"layer {layer.name!r} ({kind}) cannot be quantized: "
+                    f"{self.reasons[layer.name]}{advice}"
                 )
 
 

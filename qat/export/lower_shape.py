@@ -172,7 +172,6 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.ActivityRegularization: _identity,
     layers.RandomBrightness: _identity,
     layers.RandomContrast: _identity,
-    layers.RandomCrop: _identity,
     layers.RandomFlip: _identity,
     layers.RandomRotation: _identity,
     layers.RandomTranslation: _identity,
