@@ -12,7 +12,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored
 from qat.export.graph import Tensor
-from qat.export.pending import Elementwise
+from qat.export.lower_linear import lower_affine
+from qat.export.pending import Elementwise, Linear
 from qat.operator_layers import Pad, ReduceMax, ReduceMean, Slice
 
 layers = tf_keras.layers
@@ -99,6 +100,18 @@ def _reduce_mean(builder: Builder, layer: ReduceMean, inputs: list[Stored], shap
         operator="MEAN",
         options=lambda fused: _reducer_options(layer),
     )
+
+
+def lower_hard_sigmoid(builder: Builder, name: str, x: Stored) -> Linear:
+    """`relu6(x + 3) / 6` as x/6 + 1/2, cut off at 0 by a ReLU.
+
+    Integers are cut off at 1 by their type: it is the highest code of the output's grid.
+    """
+    if x.grid is not None:
+        return lower_affine(builder, name, x, 1 / 6, 1 / 2, integer=True).with_activation("relu")
+    shifted = lower_affine(builder, name, x, 1.0, 3.0, integer=False).with_activation("relu6")
+    bounded = shifted.emit(builder, f"{name}/relu6", None)
+    return lower_affine(builder, name, bounded, 1 / 6, 0.0, integer=False)
 
 
 LOWERINGS: dict[type, Callable] = {

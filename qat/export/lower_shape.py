@@ -10,9 +10,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from qat.export import lower_operators
 from qat.export.builder import Builder, Stored
-from qat.export.lower_linear import PADDING, lower_affine
+from qat.export.lower_linear import PADDING
 from qat.export.lower_reactnet import lower_slope
-from qat.export.pending import Concat, Elementwise, Linear, Pending
+from qat.export.pending import Concat, Elementwise, Pending
 from qat.layers import ReplacedBySign
 from qat.operator_layers import FoldedAway
 from qat.reactnet import LearnedSlope
@@ -140,20 +140,11 @@ def _activation(builder, layer, inputs, shape):
     if isinstance(x, Pending):
         return x.with_activation(name)
     if name == "hard_sigmoid6":
-        return _hard_sigmoid(builder, layer.name, x)
+        return lower_operators.lower_hard_sigmoid(builder, layer.name, x)
     operator, options = _ACTIVATION_OPERATORS[name]
     return Elementwise(
         name=layer.name, shape=shape, inputs=(x,), operator=operator, options=options
     )
-
-
-def _hard_sigmoid(builder: Builder, name: str, x: Stored) -> Linear:
-    """x/6 + 1/2; integers are cut off above at 1, the highest code of the output's grid."""
-    if x.grid is not None:
-        return lower_affine(builder, name, x, 1 / 6, 1 / 2, integer=True).with_activation("relu")
-    shifted = lower_affine(builder, name, x, 1.0, 3.0, integer=False).with_activation("relu6")
-    bounded = shifted.emit(builder, f"{name}/relu6", None)
-    return lower_affine(builder, name, bounded, 1 / 6, 0.0, integer=False)
 
 
 LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Value]] = {
