@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import tf_keras
 
+from qat.operator_layers import Affine, ChannelScale
 from qat.tflite_file import FileOperator, FileTensor
 
 layers = tf_keras.layers
@@ -76,3 +77,18 @@ def per_channel(layer: layers.Layer, codes: np.ndarray, scale: np.ndarray) -> np
     """A quantizer's scale, per tensor or per channel, as a vector or a number."""
     spread = np.broadcast_to(scale, [1] * codes.ndim) if scale.ndim == 0 else scale
     return channels_last(layer, spread).reshape(-1).astype(float)
+
+
+def folded_factors(layer: layers.Layer | None) -> tuple[np.ndarray, np.ndarray]:
+    """(multiplier, offset) of what folds into the kernel in front of it, float64; (1, 0) for all
+    other layers."""
+    if isinstance(layer, Affine):
+        return np.asarray(layer.multiplier, float), np.asarray(layer.offset, float)
+    if isinstance(layer, ChannelScale):
+        return layer.gamma.numpy().astype(float), np.asarray(0.0)
+    if not isinstance(layer, layers.BatchNormalization):
+        return np.asarray(1.0), np.asarray(0.0)
+    deviation = np.sqrt(layer.moving_variance.numpy().astype(float) + layer.epsilon)
+    gamma = layer.gamma.numpy().astype(float) if layer.scale else 1.0
+    beta = layer.beta.numpy().astype(float) if layer.center else 0.0
+    return gamma / deviation, beta - layer.moving_mean.numpy() * (gamma / deviation)

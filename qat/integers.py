@@ -23,11 +23,11 @@ from qat.integer_kernels import (
     as_read,
     channels_last,
     channels_last_of_file,
+    folded_factors,
     per_channel,
     scale_or_bias_mismatch,
 )
 from qat.layers import FakeQuantize
-from qat.operator_layers import Affine, ChannelScale
 from qat.quantizers import BinaryActivationQuantizer
 from qat.reactnet import LearnedShift, LearnedSlope
 from qat.tflite_file import FileModel, FileOperator, FileTensor
@@ -239,16 +239,7 @@ class _Comparison:
         """(multiplier, offset) of the affine layer that alone reads the call's output, float64."""
         readers = self.readers[id(call.output)]
         norm = readers[0].layer if len(readers) == 1 and readers[0] is not None else None
-        if isinstance(norm, Affine):
-            return np.asarray(norm.multiplier, float), np.asarray(norm.offset, float)
-        if isinstance(norm, ChannelScale):
-            return norm.gamma.numpy().astype(float), np.asarray(0.0)
-        if not isinstance(norm, layers.BatchNormalization):
-            return np.asarray(1.0), np.asarray(0.0)
-        deviation = np.sqrt(norm.moving_variance.numpy().astype(float) + norm.epsilon)
-        gamma = norm.gamma.numpy().astype(float) if norm.scale else 1.0
-        beta = norm.beta.numpy().astype(float) if norm.center else 0.0
-        return gamma / deviation, beta - norm.moving_mean.numpy() * (gamma / deviation)
+        return folded_factors(norm)
 
     def bias(self, layer, multiplier, offset) -> np.ndarray:
         own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0

@@ -9,6 +9,15 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+# Layers that change images at random while training and nothing afterwards.
+AUGMENTATION = (
+    tf_keras.layers.RandomBrightness,
+    tf_keras.layers.RandomContrast,
+    tf_keras.layers.RandomFlip,
+    tf_keras.layers.RandomRotation,
+    tf_keras.layers.RandomTranslation,
+    tf_keras.layers.RandomZoom,
+)
 _register = tf_keras.utils.register_keras_serializable("qat")
 
 

@@ -6,18 +6,9 @@ import enum
 
 import tf_keras
 
-from qat import configs
+from qat import configs, operator_layers
 from qat.errors import QatError
 from qat.layers import ReplacedBySign
-from qat.operator_layers import (
-    Affine,
-    ChannelScale,
-    FoldedAway,
-    Pad,
-    ReduceMax,
-    ReduceMean,
-    Slice,
-)
 
 layers = tf_keras.layers
 
@@ -45,24 +36,19 @@ class Role(enum.Enum):
 ROLES: dict[type, Role] = {
     **dict.fromkeys(configs.KERNELS, Role.LINEAR),
     layers.BatchNormalization: Role.BATCHNORM,
-    Affine: Role.BATCHNORM,
-    ChannelScale: Role.BATCHNORM,
+    operator_layers.Affine: Role.BATCHNORM,
+    operator_layers.ChannelScale: Role.BATCHNORM,
     layers.ReLU: Role.RELU,
     ReplacedBySign: Role.IDENTITY,
-    FoldedAway: Role.IDENTITY,
+    operator_layers.FoldedAway: Role.IDENTITY,
     layers.Dropout: Role.IDENTITY,
     layers.SpatialDropout1D: Role.IDENTITY,
     layers.SpatialDropout2D: Role.IDENTITY,
     layers.GaussianNoise: Role.IDENTITY,
     layers.GaussianDropout: Role.IDENTITY,
+    **dict.fromkeys(operator_layers.AUGMENTATION, Role.IDENTITY),
     layers.AlphaDropout: Role.IDENTITY,
     layers.ActivityRegularization: Role.IDENTITY,
-    layers.RandomBrightness: Role.IDENTITY,
-    layers.RandomContrast: Role.IDENTITY,
-    layers.RandomFlip: Role.IDENTITY,
-    layers.RandomRotation: Role.IDENTITY,
-    layers.RandomTranslation: Role.IDENTITY,
-    layers.RandomZoom: Role.IDENTITY,
     layers.MaxPooling1D: Role.PASS,
     layers.MaxPooling2D: Role.PASS,
     layers.GlobalMaxPooling1D: Role.PASS,
@@ -73,9 +59,9 @@ ROLES: dict[type, Role] = {
     layers.ZeroPadding2D: Role.PASS,
     layers.Permute: Role.PASS,
     layers.Resizing: Role.PASS,  # "bilinear" averages
-    Pad: Role.PASS,
-    ReduceMax: Role.PASS,
-    Slice: Role.PASS,
+    operator_layers.Pad: Role.PASS,
+    operator_layers.ReduceMax: Role.PASS,
+    operator_layers.Slice: Role.PASS,
     layers.AveragePooling1D: Role.AVERAGE,
     layers.AveragePooling2D: Role.AVERAGE,
     layers.Concatenate: Role.CONCAT,
@@ -84,7 +70,7 @@ ROLES: dict[type, Role] = {
     layers.Multiply: Role.ELEMENTWISE,
     layers.GlobalAveragePooling1D: Role.COMPUTE,
     layers.GlobalAveragePooling2D: Role.COMPUTE,
-    ReduceMean: Role.COMPUTE,
+    operator_layers.ReduceMean: Role.COMPUTE,
     layers.Rescaling: Role.COMPUTE,
     layers.Softmax: Role.FIXED,
 }

@@ -14,7 +14,7 @@ from qat.export.lower_linear import PADDING
 from qat.export.lower_reactnet import lower_slope
 from qat.export.pending import Concat, Elementwise, Pending
 from qat.layers import ReplacedBySign
-from qat.operator_layers import FoldedAway
+from qat.operator_layers import AUGMENTATION, FoldedAway
 from qat.reactnet import LearnedSlope
 from qat.roles import activation_name
 
@@ -153,6 +153,7 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.Softmax: _activation,
     ReplacedBySign: _identity,
     FoldedAway: _identity,
+    **dict.fromkeys(AUGMENTATION, _identity),
     LearnedSlope: lower_slope,
     layers.Dropout: _identity,
     layers.SpatialDropout1D: _identity,
@@ -161,12 +162,6 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.GaussianDropout: _identity,
     layers.AlphaDropout: _identity,
     layers.ActivityRegularization: _identity,
-    layers.RandomBrightness: _identity,
-    layers.RandomContrast: _identity,
-    layers.RandomFlip: _identity,
-    layers.RandomRotation: _identity,
-    layers.RandomTranslation: _identity,
-    layers.RandomZoom: _identity,
     layers.Flatten: _reshape,
     layers.Reshape: _reshape,
     layers.MaxPooling1D: _pool("MAX_POOL_2D"),
