@@ -13,6 +13,7 @@ from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
+from qat.operator_layers import FoldedAway
 from qat.placement import NOT_ANNOTATED
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
@@ -105,6 +106,8 @@ class _Walk:
         if isinstance(layer, tf_keras.layers.Rescaling) and id(call.output) not in self.quantizer:
             readers = [reader.layer for reader in self.readers[id(call.output)] if reader]
             return ", ".join(_inner(reader).name for reader in readers)
+        if isinstance(layer, FoldedAway):
+            return layer.into
         source = self.producer.get(id(call.inputs[0]))
         if source is None or isinstance(source.layer, FakeQuantize):
             return ""

@@ -9,13 +9,13 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
     QuantizeWrapper,
 )
 
-from qat.canonical import functional
+from qat.canonical import as_layers, functional, leaves
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
 from qat.loading import from_keras3, is_keras3_model
 from qat.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qat.roles import UnsupportedLayerError
-from qat.scheme import scheme
+from qat.scheme import QuantizeScheme
 
 _keras = tfmot.quantization.keras
 
@@ -40,7 +40,8 @@ def quantize_model(
     Raises:
         RecipeError: an illegal recipe, or a rule that matches nothing.
         UnsupportedLayerError: a layer without an integer operator.
-        ValueError: a model that is not functional, or not built.
+        ModelError: a model that is not functional, or not built; an operator call (`a + b`,
+            `tf.nn.relu(x)`, …) that no layer does.
     """
     # 1. The recipe and the model are legal before anything is built.
     recipe = load_recipe(recipe)
@@ -48,27 +49,24 @@ def quantize_model(
         model = from_keras3(model)
     model = functional(model)
     _require_plain(model)
-    # 2. Every layer is annotated: the recipe decides, not the annotation.
+    # 2. Nested models and operator calls become layers, which TFMOT asks for.
+    model, origins = as_layers(model)
+    # 3. Every layer is annotated: the recipe decides, not the annotation.
     annotated = _keras.quantize_annotate_model(model)
-    # 3. Canonical form, decisions, activation quantizers, kernel wrappers.
-    model = _keras.quantize_apply(annotated, scheme=scheme(recipe, input_range=input_range))
-    # 4. Layers forget the models that this one was built from.
+    # 4. Canonical form, decisions, activation quantizers, kernel wrappers.
+    model = _keras.quantize_apply(annotated, QuantizeScheme(recipe, input_range, origins))
+    # 5. Layers forget the models that this one was built from.
     return _without_stale_nodes(model)
 
 
 def _require_plain(model: tf_keras.Model) -> None:
     """Refuses layers that TFMOT's cloning would stumble over, by name."""
-    for layer in model.layers:
+    for layer in leaves(model):
         kind = type(layer).__name__
         if isinstance(layer, FakeQuantize | QuantizeWrapper):
             raise ModelError(
                 f"model {model.name!r} is already quantized (layer {layer.name!r}); quantize the "
                 "float model it came from"
-            )
-        if isinstance(layer, tf_keras.Model):
-            raise ModelError(
-                f"layer {layer.name!r} is a model nested in {model.name!r}; flatten it: build one "
-                "functional model from its layers"
             )
         if not _can_be_copied(type(layer)):
             raise ModelError(
@@ -79,11 +77,6 @@ def _require_plain(model: tf_keras.Model) -> None:
             raise UnsupportedLayerError(
                 f"layer {layer.name!r} (Lambda) hides what it computes; use layers, or a custom "
                 "layer class"
-            )
-        if kind in ("TFOpLambda", "SlicingOpLambda"):
-            raise UnsupportedLayerError(
-                f"{layer.name!r} is an operator call (a + b, tf.nn.relu, x[:, 1:] or the like); "
-                "use a layer such as Add, Multiply or ReLU instead"
             )
 
 

@@ -10,6 +10,7 @@ import tf_keras
 
 from qat.canonical import Call
 from qat.grid import Grid
+from qat.operator_layers import Affine, ChannelScale
 from qat.tflite_file import FileOperator, FileTensor
 
 layers = tf_keras.layers
@@ -88,3 +89,18 @@ def values_of_codes(call: Call, grid: Grid, gain: float) -> tf.Tensor:
     reals = (np.arange(-128, 128) - grid.numpy().zero_point) * grid.numpy().scale
     column = np.reshape(reals * np.float32(gain), [-1, *[1] * (call.inputs[0].shape.rank - 1)])
     return tf.reshape(call.layer(tf.constant(column, tf.float32)), [-1])
+
+
+def folded_factors(layer: layers.Layer | None) -> tuple[np.ndarray, np.ndarray]:
+    """(multiplier, offset) of what folds into the kernel in front of it, float64; (1, 0) for all
+    other layers."""
+    if isinstance(layer, Affine):
+        return np.asarray(layer.multiplier, float), np.asarray(layer.offset, float)
+    if isinstance(layer, ChannelScale):
+        return layer.gamma.numpy().astype(float), np.asarray(0.0)
+    if not isinstance(layer, layers.BatchNormalization):
+        return np.asarray(1.0), np.asarray(0.0)
+    deviation = np.sqrt(layer.moving_variance.numpy().astype(float) + layer.epsilon)
+    gamma = layer.gamma.numpy().astype(float) if layer.scale else 1.0
+    beta = layer.beta.numpy().astype(float) if layer.center else 0.0
+    return gamma / deviation, beta - layer.moving_mean.numpy() * (gamma / deviation)

@@ -23,6 +23,7 @@ from qat.integer_kernels import (
     as_read,
     channels_last,
     channels_last_of_file,
+    folded_factors,
     per_channel,
     scale_or_bias_mismatch,
     values_of_codes,
@@ -259,15 +260,10 @@ class _Comparison:
         return None
 
     def folded(self, call: Call) -> tuple[np.ndarray, np.ndarray]:
-        """(multiplier, offset) of the batch norm that alone reads the call's output, float64."""
+        """(multiplier, offset) of the affine layer that alone reads the call's output, float64."""
         readers = self.readers[id(call.output)]
         norm = readers[0].layer if len(readers) == 1 and readers[0] is not None else None
-        if not isinstance(norm, layers.BatchNormalization):
-            return np.asarray(1.0), np.asarray(0.0)
-        deviation = np.sqrt(norm.moving_variance.numpy().astype(float) + norm.epsilon)
-        gamma = norm.gamma.numpy().astype(float) if norm.scale else 1.0
-        beta = norm.beta.numpy().astype(float) if norm.center else 0.0
-        return gamma / deviation, beta - norm.moving_mean.numpy() * (gamma / deviation)
+        return folded_factors(norm)
 
     def bias(self, layer, multiplier, offset) -> np.ndarray:
         own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0

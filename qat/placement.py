@@ -141,7 +141,7 @@ class _Placement:
             return any(self._has_bias(term) for term in call.inputs)
         found = self._role_of(call)
         own = (found is Role.LINEAR and call.layer.use_bias) or (
-            found is Role.BATCHNORM and call.layer.center
+            found is Role.BATCHNORM and getattr(call.layer, "center", False)
         )
         return bool(own and call.layer.trainable)
 

@@ -6,7 +6,7 @@ import enum
 
 import tf_keras
 
-from qat import configs
+from qat import configs, operator_layers
 from qat.errors import QatError
 from qat.float_only import FLOAT_ONLY, REFUSED
 from qat.layers import QuantizedPReLU, ReplacedBySign
@@ -22,7 +22,7 @@ class Role(enum.Enum):
     """How a layer's output relates to the integer grid of its input."""
 
     LINEAR = "has a kernel; one output grid after batch normalization and activation"
-    BATCHNORM = "folds into the kernel in front of it, else a per-channel affine operator"
+    BATCHNORM = "affine: folds into the kernel in front of it, else a per-channel operator"
     RELU = "fuses into the operator in front of it"
     PASS = "moves or picks values: the output lies on the input's grid"
     AVERAGE = "averages codes: the kernel keeps the input's grid"
@@ -40,7 +40,10 @@ class Role(enum.Enum):
 ROLES: dict[type, Role] = {
     **dict.fromkeys(configs.KERNELS, Role.LINEAR),
     layers.BatchNormalization: Role.BATCHNORM,
+    operator_layers.Affine: Role.BATCHNORM,
+    operator_layers.ChannelScale: Role.BATCHNORM,
     ReplacedBySign: Role.IDENTITY,
+    operator_layers.FoldedAway: Role.IDENTITY,
     layers.Dropout: Role.IDENTITY,
     layers.SpatialDropout1D: Role.IDENTITY,
     layers.SpatialDropout2D: Role.IDENTITY,
@@ -50,6 +53,7 @@ ROLES: dict[type, Role] = {
     layers.Identity: Role.IDENTITY,
     layers.GaussianNoise: Role.IDENTITY,
     layers.GaussianDropout: Role.IDENTITY,
+    **dict.fromkeys(operator_layers.AUGMENTATION, Role.IDENTITY),
     layers.MaxPooling1D: Role.PASS,
     layers.MaxPooling2D: Role.PASS,
     layers.MaxPooling3D: Role.PASS,
@@ -70,6 +74,9 @@ ROLES: dict[type, Role] = {
     layers.ZeroPadding1D: Role.PASS,
     layers.ZeroPadding2D: Role.PASS,
     layers.ZeroPadding3D: Role.PASS,
+    operator_layers.Pad: Role.PASS,
+    operator_layers.ReduceMax: Role.PASS,
+    operator_layers.Slice: Role.PASS,
     layers.AveragePooling1D: Role.AVERAGE,
     layers.AveragePooling2D: Role.AVERAGE,
     layers.AveragePooling3D: Role.AVERAGE,
@@ -85,6 +92,7 @@ ROLES: dict[type, Role] = {
     layers.PReLU: Role.COMPUTE,
     QuantizedPReLU: Role.COMPUTE,
     layers.Embedding: Role.GATHER,
+    operator_layers.ReduceMean: Role.COMPUTE,
     layers.Rescaling: Role.COMPUTE,
     **dict.fromkeys(FLOAT_ONLY, Role.FLOAT),
 }
@@ -113,12 +121,14 @@ ACTIVATIONS: dict[str, Role] = {
     "softmax": Role.FIXED,
     "sigmoid": Role.FIXED,
     "tanh": Role.FIXED,
+    "hard_sigmoid6": Role.FIXED,
 }
 # The output ranges that TFLite's kernels prescribe (8-bit specification): (minimum, maximum).
 FIXED_RANGES = {
     "softmax": (0.0, 255.0 / 256.0),
     "sigmoid": (0.0, 255.0 / 256.0),
     "tanh": (-1.0, 127.0 / 128.0),
+    "hard_sigmoid6": (0.0, 1.0),  # its operator is ours, so that 1 is a code
 }
 
 

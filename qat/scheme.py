@@ -11,6 +11,7 @@ import tf_keras
 
 from qat import configs
 from qat.canonical import calls, canonicalize
+from qat.canonical.fold import fold_forward
 from qat.layers import QuantizedPReLU
 from qat.placement import NOT_ANNOTATED, Decision, place_quantizers
 from qat.recipe import Recipe, RecipeError, Rule, load_recipe
@@ -18,6 +19,9 @@ from qat.roles import float_reason, require_a_place
 from qat.wrapper import KernelWrapper
 
 _keras = tfmot.quantization.keras
+_NONE: Mapping = MappingProxyType({})
+# (name, class name) pairs that a rule may mean a layer by, besides its own.
+Aliases = tuple[tuple[str, str], ...]
 
 
 def scheme(
@@ -40,14 +44,20 @@ def scheme(
 
 
 class QuantizeScheme(_keras.QuantizeScheme):
-    """See `scheme`."""
+    """See `scheme`; `aliases` are the origins of `qat.canonical.as_layers`."""
 
-    def __init__(self, recipe: Recipe, input_range: tuple[float, float] | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        input_range: tuple[float, float] | None = None,
+        aliases: Mapping[str, Aliases] = _NONE,
+    ):
         self.recipe = recipe
         self.input_range = input_range
+        self.aliases = aliases
 
     def get_layout_transformer(self) -> LayoutTransform:
-        return LayoutTransform(self.recipe, self.input_range)
+        return LayoutTransform(self.recipe, self.input_range, self.aliases)
 
     def get_quantize_registry(self) -> QuantizeRegistry:
         return QuantizeRegistry(self.recipe)
@@ -63,15 +73,21 @@ class QuantizeRegistry(_keras.QuantizeRegistry):
         return bool(configs.kernels(layer))
 
     def get_quantize_config(self, layer: tf_keras.layers.Layer) -> configs.LayerQuantizeConfig:
-        return _config(_first_match(self.recipe, _Subject(layer, layer, ())))
+        return _config(_first_match(self.recipe, _Subject(layer, (), ())))
 
 
 class LayoutTransform(_keras.QuantizeLayoutTransform):
     """Canonical form, then the recipe's decisions, then the activation quantizers."""
 
-    def __init__(self, recipe: Recipe, input_range: tuple[float, float] | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        input_range: tuple[float, float] | None,
+        aliases: Mapping[str, Aliases] = _NONE,
+    ):
         self.recipe = recipe
         self.input_range = input_range
+        self.aliases = aliases
 
     def apply(self, model: tf_keras.Model, layer_quantize_map: dict) -> tuple:
         # 1. One layer per operator.
@@ -84,7 +100,7 @@ class LayoutTransform(_keras.QuantizeLayoutTransform):
             for name, origin in origins.items()
             if origin.name in layer_quantize_map and origin.name not in model.input_names
         }
-        decisions = decide(model, self.recipe, annotated, origins)
+        decisions = decide(model, self.recipe, annotated, origins, self.aliases)
 
         def wrap(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
             integer = decisions[layer.name].keep_float is None
@@ -94,10 +110,20 @@ class LayoutTransform(_keras.QuantizeLayoutTransform):
                 return layer
             return KernelWrapper(layer, _given_or_made(layer, annotated, decisions))
 
-        # 3. Kernel and activation quantizers, and signs in place of ReLUs.
+        # 3. What is affine in front of a kernel.
+        model = fold_forward(model, lambda *pair: _may_fold(*(decisions[la.name] for la in pair)))
+        # 4. Kernel and activation quantizers, and signs in place of ReLUs.
         model = place_quantizers(model, decisions, input_range=self.input_range, wrap=wrap)
-        # 4. quantize_apply has nothing left to wrap.
+        # 5. quantize_apply has nothing left to wrap.
         return model, {}
+
+
+def _may_fold(affine: Decision, kernel: Decision) -> bool:
+    """Below 8 bits one grid would have to hold what the affine layer evens out."""
+    specs = kernel.weights, kernel.activations
+    return affine.keep_float is None and all(
+        spec is not None and spec.bits in (8, 16) for spec in specs
+    )
 
 
 def _needs_wrapper(layer: tf_keras.layers.Layer, decision: Decision) -> bool:
@@ -119,13 +145,15 @@ def decide(
     model: tf_keras.Model,
     recipe: Recipe,
     annotated: dict[str, object],
-    origins: Mapping[str, tf_keras.layers.Layer] = MappingProxyType({}),
+    origins: Mapping[str, tf_keras.layers.Layer] = _NONE,
+    aliases: Mapping[str, Aliases] = _NONE,
 ) -> dict[str, Decision]:
     """What the recipe says of every layer of a canonical model.
 
     Args:
         annotated: by name, the layers to quantize, each with its own config or None.
-        origins: by name, the user's layer that a layer came from; rules may name either.
+        origins: by name, the layer that a layer came from; rules may name either.
+        aliases: by the origin's name, what else rules may name it by.
 
     Raises:
         RecipeError: a rule that matches no annotated layer, or layers without any rule.
@@ -134,8 +162,7 @@ def decide(
     by_name = {layer.name: layer for layer in model.layers}
     positions = _positions([by_name[n] for n in order if n in annotated])
     subjects = {
-        name: _Subject(by_name[name], origins.get(name, by_name[name]), positions.get(name, ()))
-        for name in order
+        name: _subject(by_name[name], origins, aliases, positions.get(name, ())) for name in order
     }
     candidates = [subjects[name] for name in order if name in annotated]
     for rule in recipe.rules:
@@ -152,14 +179,18 @@ class _Subject:
     """A layer as rules see it."""
 
     layer: tf_keras.layers.Layer
-    origin: tf_keras.layers.Layer
+    aliases: Aliases
     positions: tuple[str, ...]
 
     def meant_by(self, rule: Rule) -> bool:
-        return any(
-            rule.matches(layer.name, type(layer).__name__, self.positions)
-            for layer in (self.layer, self.origin)
-        )
+        own = self.layer.name, type(self.layer).__name__
+        return any(rule.matches(*known, self.positions) for known in (own, *self.aliases))
+
+
+def _subject(layer: tf_keras.layers.Layer, origins, aliases, positions) -> _Subject:
+    origin = origins.get(layer.name, layer)
+    known = (origin.name, type(origin).__name__), *aliases.get(origin.name, ())
+    return _Subject(layer, known, positions)
 
 
 def _positions(layers: list[tf_keras.layers.Layer]) -> dict[str, tuple[str, ...]]:

@@ -15,16 +15,19 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.export.containers import Container, kernel_container, require_weight_storage
-from qat.export.lower_linear import OPERATORS
+from qat.export.lower_linear import OPERATORS, affine_of
 from qat.export.target import Target, find_target
 from qat.grid import Grid
 from qat.layers import FakeQuantize, ReplacedBySign
+from qat.operator_layers import Affine, ChannelScale
 from qat.quantizers import BinaryActivationQuantizer, GridQuantizer
 from qat.ties import away_from_ties, early
 
 layers = tf_keras.layers
 # What may stand between a kernel and the quantizer of its operator's output.
 _FUSED = (
+    Affine,
+    ChannelScale,
     layers.Activation,
     layers.BatchNormalization,
     layers.Concatenate,
@@ -132,16 +135,10 @@ def _settle(
 ) -> None:
     layer = call.layer.layer
     ((weight, quantizer, weights),) = call.layer._weight_vars
-    own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
-    multiplier = np.ones(())
-    if isinstance(reader, layers.BatchNormalization) and reader.center:
-        deviation = np.sqrt(reader.moving_variance.numpy().astype(float) + reader.epsilon)
-        multiplier = (reader.gamma.numpy().astype(float) if reader.scale else 1.0) / deviation
-        variable, rest = reader.beta, (own - reader.moving_mean.numpy()) * multiplier
-    elif layer.use_bias and not isinstance(reader, layers.BatchNormalization):
-        variable, rest = layer.bias, 0.0
-    else:
+    settled = _settled(layer, reader)
+    if settled is None:
         return
+    variable, factor, rest, multiplier = settled
     with tf.device("/CPU:0"):
         value = tf.convert_to_tensor(weight)
         scale = quantizer.grid(weights, value).numpy().scale
@@ -155,7 +152,25 @@ def _settle(
     twice = output is not None and container.rounds_twice(operator)
     ahead = early(step, output) if twice else np.zeros_like(step)
     sums = _sums(layer, codes, source, container.finer)
-    _round(variable, rest, step, ahead, sums, output)
+    _round(variable, factor, rest, step, ahead, sums, output)
+
+
+def _settled(layer: layers.Layer, reader: layers.Layer | None) -> tuple | None:
+    """(variable, factor, rest, multiplier): the operator's bias is `factor · variable + rest`, and
+    its kernel `multiplier` times the layer's; None if no variable can settle it."""
+    own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
+    if isinstance(reader, layers.BatchNormalization):
+        if not reader.center:
+            return None
+        deviation = np.sqrt(reader.moving_variance.numpy().astype(float) + reader.epsilon)
+        multiplier = (reader.gamma.numpy().astype(float) if reader.scale else 1.0) / deviation
+        return reader.beta, 1.0, (own - reader.moving_mean.numpy()) * multiplier, multiplier
+    if not layer.use_bias:
+        return None
+    if isinstance(reader, Affine | ChannelScale):
+        multiplier, offset = affine_of(reader)
+        return layer.bias, multiplier, offset, multiplier
+    return layer.bias, 1.0, 0.0, np.ones(())
 
 
 def _container(
@@ -206,21 +221,23 @@ def _channel_shape(layer: layers.Layer, weight: tf.Variable | np.ndarray) -> lis
 
 def _round(
     variable: tf.Variable,
+    factor: np.ndarray | float,
     rest: np.ndarray | float,
     step: np.ndarray,
     ahead: np.ndarray,
     sums: np.ndarray | None,
     output: Grid | None,
 ) -> None:
-    """Changes the variable so that `variable + rest` is a whole number of steps, plus `ahead`.
+    """Changes the variable so that `factor · variable + rest` is whole steps, plus `ahead`.
 
     Given the kernel's sums and its output's grid, a number that keeps clear of rounding ties.
     Channels whose bias leaves int32 are left alone: the export raises their scale.
     """
     value = variable.numpy().astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.rint((value + rest) / step - ahead)
+        codes = np.rint((factor * value + rest) / step - ahead)
         if sums is not None and output is not None:
             codes = away_from_ties(codes, step / float(output.scale), sums, output)
-        settled = np.where(np.abs(codes) < _LARGEST_BIAS, (codes + ahead) * step - rest, value)
-    variable.assign(settled.astype(np.float32))
+        settled = ((codes + ahead) * step - rest) / factor
+        legal = (np.abs(codes) < _LARGEST_BIAS) & np.isfinite(settled)
+    variable.assign(np.where(legal, settled, value).astype(np.float32))

@@ -54,10 +54,10 @@ SUITE = {
     "SOFTMAX": pointwise.unary("SOFTMAX", grids=UNIT_INTERVAL),
     "SPLIT": moves.split(),
     "STRIDED_SLICE": moves.strided_slicing(),
+    "TRANSPOSE": moves.transpose(),
     "SUB": pointwise.binary("SUB"),
     "TANH": pointwise.unary("TANH", grids={"int16": UNIT_INTERVAL["int16"]}),
     "TILE": moves.tile(),
-    "TRANSPOSE": moves.transpose(),
     "TRANSPOSE_CONV": cases.transpose_conv(),
 }
 NOT_IN_REFERENCE = {"ELU": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}

@@ -15,7 +15,7 @@ ORDER = [
     {"ste", "grid", "histogram", "recipe", "float_only"},
     {"ranges"},
     {"quantizers"},
-    {"reactnet"},
+    {"operator_layers", "reactnet"},
     {"configs", "layers", "canonical", "wrapper"},
     {"roles", "loading"},
     {"negatives"},

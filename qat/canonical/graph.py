@@ -107,23 +107,31 @@ def rebuild(
     may put something after each input. With `more_inputs`, symbolic tensors that `visit` reads, the
     new model takes (the old model's inputs, list of these).
     """
-    inputs, replaced = [], {}
+    inputs, given = [], []
     for tensor in model.inputs:
         layer = tensor.node.layer
         inputs.append(type(layer).from_config(layer.get_config()).output)
-        replaced[id(tensor)] = on_input(tensor, inputs[-1])
+        given.append(on_input(tensor, inputs[-1]))
+    outputs = replay(model, given, visit)
+    # Dictionaries and single tensors stay what they were.
+    inputs = tf.nest.pack_sequence_as(model._nested_inputs, inputs)
+    if more_inputs:
+        inputs = inputs, list(more_inputs)
+    return tf_keras.Model(inputs, outputs, name=model.name)
+
+
+def replay(
+    model: tf_keras.Model, inputs: Sequence[Any], visit: Callable[[Call, tuple, dict], Any]
+) -> Any:
+    """The model's outputs, in its structure, for new inputs; `visit` as in `rebuild`."""
+    replaced = dict(zip(map(id, model.inputs), inputs, strict=True))
     for call in calls(model):
         args, kwargs = tf.nest.map_structure(
             lambda value: replaced.get(id(value), value), call.arguments
         )
         outputs = tf.nest.flatten(visit(call, args, kwargs))
         replaced.update(zip(map(id, call.outputs), outputs, strict=True))
-    # Dictionaries and single tensors stay what they were.
-    inputs = tf.nest.pack_sequence_as(model._nested_inputs, inputs)
-    if more_inputs:
-        inputs = inputs, list(more_inputs)
-    outputs = tf.nest.map_structure(lambda old: replaced[id(old)], model._nested_outputs)
-    return tf_keras.Model(inputs, outputs, name=model.name)
+    return tf.nest.map_structure(lambda old: replaced[id(old)], model._nested_outputs)
 
 
 class LayerCopies:
@@ -132,9 +140,13 @@ class LayerCopies:
     def __init__(self):
         self._copies: dict[int, tuple[tf_keras.layers.Layer, tf_keras.layers.Layer]] = {}
 
-    def __call__(self, layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+    def __call__(
+        self, layer: tf_keras.layers.Layer, name: str | None = None
+    ) -> tf_keras.layers.Layer:
+        """The layer's copy, under another name if one is given."""
         if id(layer) not in self._copies:
-            copy = type(layer).from_config(layer.get_config())
+            config = layer.get_config()
+            copy = type(layer).from_config({**config, "name": name or layer.name})
             copy.trainable = layer.trainable
             self._copies[id(layer)] = layer, copy
         return self._copies[id(layer)][1]
@@ -142,4 +154,8 @@ class LayerCopies:
     def copy_weights(self) -> None:
         """Call once the copies are built, that is after the new model exists."""
         for layer, copy in self._copies.values():
+            if not copy.built:
+                continue  # all its calls were rewritten away
             copy.set_weights(layer.get_weights())
+            if isinstance(copy, tf_keras.layers.Normalization):
+                copy.finalize_state()  # it computes with copies of its weights

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tensorflow as tf
 import tf_keras
 
 from qat.canonical import composites
-from qat.canonical.graph import Call, LayerCopies, functional, rebuild
+from qat.canonical.as_layers import as_layers
+from qat.canonical.graph import Call, LayerCopies, rebuild
 from qat.errors import ModelError
 
 layers = tf_keras.layers
@@ -22,27 +24,43 @@ _WITH_ACTIVATION = (
     layers.Dense,
 )
 _OF_MANY = (layers.Add, layers.Multiply)
+_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
+# TensorFlow's functions that are Keras's under another name or in another module.
+_SAME = (
+    (tf.nn.relu, tf_keras.activations.relu),
+    (tf.nn.sigmoid, tf_keras.activations.sigmoid),
+    (tf.nn.tanh, tf_keras.activations.tanh),
+    (tf.nn.softmax, tf_keras.activations.softmax),
+    (tf.nn.silu, tf_keras.activations.swish),
+    (tf.nn.gelu, tf_keras.activations.gelu),
+    (tf.nn.elu, tf_keras.activations.elu),
+    (tf.nn.selu, tf_keras.activations.selu),
+    (tf.nn.softplus, tf_keras.activations.softplus),
+)
 
 
 def canonicalize(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, str]]:
     """A new functional model of the same float function, and where its layers came from.
 
-    Separable convolutions become a depthwise and a pointwise one, sums and products of many
-    become pairs, and `activation=` arguments become layers, so that each layer is one operator of
-    the file. Weights are copied.
+    Nested models, operator calls and helper layers become plain layers (`as_layers`), separable
+    convolutions a depthwise and a pointwise one, sums and products of many pairs, and
+    `activation=` arguments layers, so that each layer is one operator of the file. Activation
+    functions get one spelling. Weights are copied.
 
     Returns:
         (model, origins): origins maps each new layer's name to the name of the user's layer.
 
     Raises:
-        ValueError: subclassed or unbuilt models; models nested in models.
+        ModelError: subclassed or unbuilt models; operator calls that no layer does.
     """
-    rewriter = _Rewriter(functional(model))
+    model, found = as_layers(model)
+    rewriter = _Rewriter(model)
     result = rebuild(rewriter.model, rewriter.visit)
     rewriter.copies.copy_weights()
     for set_weights in rewriter.split_weights:
         set_weights()
-    return result, rewriter.origins
+    origins = rewriter.origins.items()
+    return result, {name: found[old][0][0] if old in found else old for name, old in origins}
 
 
 class _Rewriter:
@@ -55,12 +73,7 @@ class _Rewriter:
 
     def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
         layer = call.layer
-        if isinstance(layer, tf_keras.Model):
-            raise ModelError(
-                f"layer {layer.name!r} is a model nested in {self.model.name!r}; flatten it: "
-                "build one functional model from its layers"
-            )
-        if type(layer) is layers.SeparableConv2D:
+        if type(layer) in _SEPARABLE:
             return self.split_separable(layer, args[0])
         if type(layer) in _OF_MANY and len(call.inputs) > 2:
             return self.split_pairs(layer, args[0])
@@ -75,7 +88,18 @@ class _Rewriter:
             return x if composites.is_linear(layer.layer) else self.activated(layer, x, layer.layer)
         if type(layer) in _WITH_ACTIVATION and not composites.is_linear(layer):
             return self.split_activation(layer, args[0])
+        if type(layer) is layers.Activation:
+            return self.one_spelling(layer)(args[0])
         return self.copies(layer)(*args, **kwargs)
+
+    def one_spelling(self, layer: layers.Activation) -> layers.Layer:
+        """Activation(f) → Activation(Keras's f), or the layer that f is one."""
+        if isinstance(layer.activation, layers.Layer) or layer.activation is tf.nn.leaky_relu:
+            made = _activation_layer(layer.activation, layer.name)
+            return self.made.setdefault((id(layer), ""), made)
+        copy = self.copies(layer)
+        copy.activation = _keras_function(layer.activation)
+        return copy
 
     def split_activation(self, layer: layers.Layer, x: Any) -> Any:
         """layer(activation=f) → layer, Activation(f)."""
@@ -91,8 +115,8 @@ class _Rewriter:
             x = pair([x, other])
         return self.copies(layer)([x, rest[-1]])
 
-    def split_separable(self, layer: layers.SeparableConv2D, x: Any) -> Any:
-        """SeparableConv2D → depthwise (no bias), 1×1 convolution (bias), activation."""
+    def split_separable(self, layer: layers.Layer, x: Any) -> Any:
+        """SeparableConv → depthwise (no bias), 1×1 convolution (bias), activation."""
         depthwise = self.once(layer, "depthwise", lambda name: _depthwise_half(layer, name))
         pointwise = self.once(layer, "pointwise", lambda name: _pointwise_half(layer, name))
 
@@ -101,14 +125,18 @@ class _Rewriter:
             pointwise.set_weights(layer.get_weights()[1:])
 
         self.split_weights.append(set_weights)
+        if layer.padding == "causal":
+            before = (layer.kernel_size[0] - 1) * layer.dilation_rate[0]
+            pad = self.once(layer, "pad", lambda name: layers.ZeroPadding1D((before, 0), name=name))
+            x = pad(x)
         x = pointwise(depthwise(x))
         return x if composites.is_linear(layer) else self.activated(layer, x)
 
     def activated(self, layer: layers.Layer, x: Any, inner: layers.Layer | None = None) -> Any:
         """The activation of the layer, or of the one in it, as a layer of its own, or as two."""
         function = (inner or layer).activation
-        name = getattr(function, "__name__", "activation")
-        made = self.once(layer, name, lambda name: layers.Activation(function, name=name))
+        suffix = getattr(function, "__name__", "activation")
+        made = self.once(layer, suffix, lambda name: _activation_layer(function, name))
         if composites.is_swish(made):
             return composites.split_swish(made, x, self.once)
         return made(x)
@@ -128,11 +156,31 @@ class _Rewriter:
         return self.made[key]
 
 
-def _depthwise_half(layer: layers.SeparableConv2D, name: str) -> layers.Layer:
-    return layers.DepthwiseConv2D(
+def _activation_layer(function: Any, name: str) -> layers.Layer:
+    """The layer of an `activation=` argument: a function, or a layer itself."""
+    if isinstance(function, layers.Layer):
+        if function.weights:
+            raise ModelError(
+                f"layer {name!r} is a {type(function).__name__} with weights, given as an "
+                "activation; call it as a layer of its own"
+            )
+        return type(function).from_config({**function.get_config(), "name": name})
+    if function is tf.nn.leaky_relu:
+        return layers.LeakyReLU(0.2, name=name)
+    return layers.Activation(_keras_function(function), name=name)
+
+
+def _keras_function(function: Any) -> Any:
+    return next((keras for tensorflow, keras in _SAME if function is tensorflow), function)
+
+
+def _depthwise_half(layer: layers.Layer, name: str) -> layers.Layer:
+    one = isinstance(layer, layers.SeparableConv1D)
+    kind = layers.DepthwiseConv1D if one else layers.DepthwiseConv2D
+    return kind(
         layer.kernel_size,
         strides=layer.strides,
-        padding=layer.padding,
+        padding="valid" if layer.padding == "causal" else layer.padding,
         depth_multiplier=layer.depth_multiplier,
         dilation_rate=layer.dilation_rate,
         data_format=layer.data_format,
@@ -144,8 +192,9 @@ def _depthwise_half(layer: layers.SeparableConv2D, name: str) -> layers.Layer:
     )
 
 
-def _pointwise_half(layer: layers.SeparableConv2D, name: str) -> layers.Layer:
-    return layers.Conv2D(
+def _pointwise_half(layer: layers.Layer, name: str) -> layers.Layer:
+    kind = layers.Conv1D if isinstance(layer, layers.SeparableConv1D) else layers.Conv2D
+    return kind(
         layer.filters,
         1,
         data_format=layer.data_format,

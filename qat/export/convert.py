@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
@@ -30,7 +29,7 @@ from qat.export.freeze import (
 )
 from qat.export.graph import ExportError, Graph, Tensor, activation_dtype
 from qat.export.lower_float import lower_float
-from qat.export.lower_linear import lower_affine, lower_linear, variable
+from qat.export.lower_linear import AFFINE, affine_of, lower_affine, lower_linear
 from qat.export.lower_reactnet import lower_shift, sign_thresholds
 from qat.export.lowerings import LOWERINGS, TAKES_PENDING
 from qat.export.pending import Linear, Pending
@@ -147,8 +146,8 @@ class _Converter:
             return self._fake_quantize(layer, call.inputs[0])
         if isinstance(layer, QuantizeWrapper):
             return self._wrapped(layer, call)
-        if isinstance(layer, layers.BatchNormalization):
-            return self._batchnorm(layer, call.inputs[0])
+        if isinstance(layer, AFFINE):
+            return self._channel_affine(layer, call.inputs[0])
         if isinstance(layer, layers.Rescaling):
             return self._rescaling(layer, call)
         if isinstance(layer, LearnedShift):
@@ -177,19 +176,18 @@ class _Converter:
 
     def _wrapped(self, layer: QuantizeWrapper, call: Call) -> Value:
         inner, tensors = layer.layer, call.inputs
-        if isinstance(inner, layers.BatchNormalization):
+        if isinstance(inner, AFFINE):
             if isinstance(self.values[id(tensors[0])], Stored):
                 real = self.builder.to_float(self._stored(tensors[0]), inner.name)
-                return self._affine(inner.name, real, *_batchnorm_affine(inner))
-            return self._batchnorm(inner, tensors[0])
+                return self._affine(inner.name, real, *affine_of(inner))
+            return self._channel_affine(inner, tensors[0])
         if isinstance(inner, layers.Rescaling):
             value = self.builder.to_float(self._stored(tensors[0]), inner.name)
             return self._affine(inner.name, value, inner.scale, inner.offset)
         waiting = [self.values[id(tensor)] for tensor in tensors]
         if isinstance(inner, TAKES_PENDING) and isinstance(waiting[0], Pending):
-            return self._plain(
-                inner, call, waiting
-            )  # a float layer that fuses into a float operator
+            # A float layer that fuses into a float operator.
+            return self._plain(inner, call, waiting)
         inputs = [self._stored(tensor) for tensor in tensors]
         if configs.kernels(inner):
             value = self._linear(inner, inputs[0], freeze_kernel(layer))
@@ -227,9 +225,9 @@ class _Converter:
             self.builder.operator("QUANTIZE", 2, [boundary], value.tensor, options)
         return value
 
-    def _batchnorm(self, layer: layers.BatchNormalization, tensor: Any) -> Pending:
+    def _channel_affine(self, layer: layers.Layer, tensor: Any) -> Pending:
         value = self.values[id(tensor)]
-        multiplier, offset = _batchnorm_affine(layer)
+        multiplier, offset = affine_of(layer)
         if isinstance(value, Linear) and value.activation is None:
             return value.affine(multiplier, offset)
         return self._affine(layer.name, self._stored(tensor), multiplier, offset)
@@ -244,18 +242,6 @@ class _Converter:
     def _affine(self, name: str, value: Stored, multiplier, offset) -> Linear:
         integer = value.grid is not None
         return lower_affine(self.builder, name, value, multiplier, offset, integer=integer)
-
-
-def _batchnorm_affine(layer: layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
-    """(multiplier, offset), float64: `γ/√(σ² + ε)` and `β - μ·multiplier`."""
-    mean, variance = (
-        variable(layer, name).astype(float) for name in ("moving_mean", "moving_variance")
-    )
-    gamma = variable(layer, "gamma").astype(float) if layer.scale else np.ones_like(mean)
-    beta = variable(layer, "beta").astype(float) if layer.center else np.zeros_like(mean)
-    multiplier = gamma / np.sqrt(variance + layer.epsilon)
-    offset = beta - mean * multiplier
-    return multiplier, offset
 
 
 def _output_shape(layer: layers.Layer, inputs: list[Value]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from qat.export.builder import Builder, Stored
 from qat.export.graph import ExportError, Tensor, activation_dtype
 from qat.export.lower_float import lower_float
 from qat.export.lower_linear import variable
+from qat.export.lower_operators import lower_hard_sigmoid
 from qat.export.lower_reactnet import lower_slopes
 from qat.export.pending import Elementwise, Pending
 from qat.layers import QuantizedPReLU
@@ -87,6 +88,8 @@ def lower_activation(builder: Builder, layer, inputs, shape: Shape) -> Stored | 
         if name in ("relu", "relu6") and x.fuses_activation():
             return x.with_activation(name, bound)
         x = x.emit(builder, x.name, None)
+    if name == "hard_sigmoid6":
+        return lower_hard_sigmoid(builder, layer.name, x)
     if name not in _OPERATORS or (name == "elu" and not _plain_elu(builder, layer)):
         return lower_pointwise(builder, layer, [x], shape)
     operator, version, options = _OPERATORS[name]

@@ -13,6 +13,7 @@ from qat.export.builder import Builder, Stored
 from qat.export.freeze import FrozenKernel
 from qat.export.graph import ExportError
 from qat.export.pending import Linear
+from qat.operator_layers import Affine, ChannelScale
 
 layers = tf_keras.layers
 OPERATORS = {
@@ -24,6 +25,8 @@ OPERATORS = {
     layers.DepthwiseConv2D: "DEPTHWISE_CONV_2D",
     layers.Dense: "FULLY_CONNECTED",
 }
+# Layers that are `multiplier · x + offset` per channel.
+AFFINE = (layers.BatchNormalization, Affine, ChannelScale)
 PADDING = {"same": schema.Padding.SAME, "valid": schema.Padding.VALID}
 
 
@@ -276,3 +279,21 @@ def lower_affine(
         options=options,
         reshape_to=keras_shape if image != keras_shape else None,
     )
+
+
+def affine_of(layer: layers.Layer) -> tuple[np.ndarray, np.ndarray]:
+    """(multiplier, offset) of one of AFFINE, float64, one number or one per channel.
+
+    Batch normalization: `γ/√(σ² + ε)` and `β - μ·multiplier`.
+    """
+    if isinstance(layer, Affine):
+        return np.asarray(layer.multiplier, float), np.asarray(layer.offset, float)
+    if isinstance(layer, ChannelScale):
+        return variable(layer, "gamma").astype(float), np.asarray(0.0)
+    mean, variance = (
+        variable(layer, name).astype(float) for name in ("moving_mean", "moving_variance")
+    )
+    gamma = variable(layer, "gamma").astype(float) if layer.scale else np.ones_like(mean)
+    beta = variable(layer, "beta").astype(float) if layer.center else np.zeros_like(mean)
+    multiplier = gamma / np.sqrt(variance + layer.epsilon)
+    return multiplier, beta - mean * multiplier

@@ -12,6 +12,7 @@ from qat.export.builder import Builder, Stored
 from qat.export.lower_linear import PADDING, padded
 from qat.export.pending import Concat, Elementwise, Pending
 from qat.layers import ReplacedBySign
+from qat.operator_layers import AUGMENTATION, FoldedAway
 
 layers = tf_keras.layers
 Value = Stored | Pending
@@ -116,6 +117,8 @@ def _zero_padding(builder, layer, inputs, shape):
 
 LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Value]] = {
     ReplacedBySign: _identity,
+    FoldedAway: _identity,
+    **dict.fromkeys(AUGMENTATION, _identity),
     layers.Dropout: _identity,
     layers.SpatialDropout1D: _identity,
     layers.SpatialDropout2D: _identity,

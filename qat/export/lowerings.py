@@ -12,6 +12,7 @@ from qat.export import (
     lower_merge,
     lower_move,
     lower_norm,
+    lower_operators,
     lower_shape,
 )
 from qat.export.builder import Builder, Stored
@@ -28,6 +29,7 @@ LOWERINGS: dict[type, Lowering] = {
     **lower_merge.LOWERINGS,
     **lower_move.LOWERINGS,
     **lower_norm.LOWERINGS,
+    **lower_operators.LOWERINGS,
     **lower_shape.LOWERINGS,
 }
 # These take operators that still wait for a grid; all others need their inputs in the file.

@@ -167,6 +167,7 @@ class Linear(Pending):
 
     def affine(self, multiplier: np.ndarray, offset: np.ndarray) -> Linear:
         """`multiplier · y + offset` per channel; a negative multiplier flips the integers."""
+        multiplier = np.broadcast_to(multiplier, self.bias.shape)
         bias = self.bias * multiplier + offset
         shape = [1] * self.kernel.ndim
         shape[self.channel_axis] = -1

@@ -1,7 +1,7 @@
 """Operators that move codes without computing: shapes, slices, paddings, resizing.
 
 After tflite/kernels/{concatenation, pad, reshape, squeeze, expand_dims, split, slice,
-strided_slice}.cc and internal/reference/{resize_bilinear, resize_nearest_neighbor}.h.
+strided_slice, transpose}.cc and internal/reference/{resize_bilinear, resize_nearest_neighbor}.h.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Layers that are a constant or a trained factor → `Affine`, `ChannelScale`; and drop paths.
+
+Each function takes an `OperatorCall` and the call's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tf_keras
+from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
+from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+
+from qat.canonical.operator_arithmetic import affine
+from qat.canonical.operator_call import NoLayerError, OperatorCall
+from qat.operator_layers import Affine, ChannelScale
+
+layers = tf_keras.layers
+
+
+def _normalization(call: OperatorCall, x: Any) -> Any:
+    """`(x - μ) / σ` with the statistics that it was adapted to, or back."""
+    layer = call.call.layer
+    mean = np.asarray(layer.mean, float)
+    deviation = np.maximum(np.sqrt(np.asarray(layer.variance, float)), tf_keras.backend.epsilon())
+    if layer.invert:
+        return affine(call, x, deviation, mean)
+    if not mean.any() and (deviation == 1).all():
+        return x
+    return affine(call, x, 1 / deviation, -mean / deviation)
+
+
+def _layer_scale(call: OperatorCall, x: Any) -> Any:
+    scale = call.layer(ChannelScale)
+    output = scale(x)
+    scale.set_weights(call.call.layer.get_weights())
+    return output
+
+
+def _stochastic_depth(call: OperatorCall, x: Any) -> Any:
+    """The same dropout: one draw for each example."""
+    rate, shape = call.call.layer.drop_path_rate, (None,) + (1,) * (len(x.shape) - 1)
+    return call.layer(layers.Dropout, rate, noise_shape=shape)(x)
+
+
+def _scaled_sum(call: OperatorCall, inputs: list) -> Any:
+    """`a + scale · b`."""
+    a, b = inputs
+    b = call.layer(Affine, call.call.layer.scale, suffix="scale")(b)
+    return call.layer(layers.Add)([a, b])
+
+
+def _random_crop(call: OperatorCall, x: Any) -> Any:
+    """Nothing, if it crops nothing; in inference it resizes instead."""
+    layer = call.call.layer
+    if tuple(x.shape[1:3]) != (layer.height, layer.width):
+        raise NoLayerError("it resizes in inference; crop in the dataset instead")
+    return x
+
+
+REWRITES: dict[type, Callable[..., Any]] = {
+    CustomScaleLayer: _scaled_sum,
+    LayerScale: _layer_scale,
+    StochasticDepth: _stochastic_depth,
+    layers.Normalization: _normalization,
+    layers.RandomCrop: _random_crop,
+}
