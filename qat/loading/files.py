@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -45,24 +46,24 @@ class ModelFile:
     config: dict[str, Any]
 
 
-def read_model_file(path: str | pathlib.Path) -> ModelFile:
+def read_model_file(path: str | os.PathLike) -> ModelFile:
     """The format, Keras version and configuration of a file or folder.
 
     Raises:
-        ModelError: it is missing, damaged, a quantized model, or holds no Keras model.
+        ModelError: it is missing, a quantized model, or holds no Keras model.
+        Exception: what the format's reader raises for a damaged one, see `errors_in_one_line`.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
-    with _one_line(path):
-        if path.is_dir():
-            return _saved_model(path)
-        with path.open("rb") as file:
-            head = file.read(8)
-        if head.startswith(_ZIP):
-            return _archive(path)
-        if head == _HDF5:
-            return _hdf5(path)
+    if path.is_dir():
+        return _saved_model(path)
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head.startswith(_ZIP):
+        return _archive(path)
+    if head == _HDF5:
+        return _hdf5(path)
     kind = "a TFLite file" if head[4:] == _TFLITE else "none of them"
     raise ModelError(
         f"{path}: need a .keras file, an .h5 file or a SavedModel folder of a Keras model; it is "
@@ -138,16 +139,16 @@ def _major(version: str) -> int:
 
 
 @contextlib.contextmanager
-def _one_line(path: pathlib.Path) -> Iterator[None]:
-    """Whatever is wrong with a file's content becomes one line."""
+def errors_in_one_line(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever is wrong with a file's content becomes one line.
+
+    Raises:
+        ModelError: for what zip, HDF5, protobuf, JSON and Keras raise, each in its own way.
+    """
     try:
         yield
     except QatError:
         raise
-    except Exception as error:  # zip, HDF5, protobuf and JSON each have their own
-        raise ModelError(f"{path} is damaged or no Keras model: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks, cut to a readable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path} is damaged or no Keras model: {reason}") from error

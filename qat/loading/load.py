@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ import tf_keras
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from qat.canonical import functional
-from qat.errors import ModelError, QatError
+from qat.errors import ModelError
 from qat.loading.custom_objects import parse_custom_objects
-from qat.loading.files import Format, ModelFile, one_line, read_model_file
+from qat.loading.files import Format, ModelFile, errors_in_one_line, read_model_file
 from qat.loading.keras3 import from_keras3, is_keras3_model
 from qat.loading.keras3_layers import APPLICATION_LAYERS
 from qat.loading.precision import in_float32
@@ -62,28 +62,18 @@ def load_model(
 def _from_file(
     path: str | os.PathLike, custom_objects: Mapping[str, Any], unsafe: bool
 ) -> tf_keras.Model:
-    file = read_model_file(path)
-    check_float(file)
-    if file.version >= 3:
-        _require_keras3(file)
-        check_operations(file)
-    if not unsafe:
-        check_safe(file, custom_objects)
-    custom_objects = dict(custom_objects)
-    if file.version >= 3:
-        return from_keras3(_read(_keras3, file, custom_objects, unsafe), custom_objects)
-    load = _saved_model if file.format is Format.SAVED_MODEL else _tf_keras
-    return _read(load, file, {**APPLICATION_LAYERS, **custom_objects}, unsafe)
-
-
-def _read(load: Callable, file: ModelFile, custom_objects: dict[str, Any], unsafe: bool) -> Any:
-    """What a loader makes of a file; Keras raises all sorts of errors, here they are one line."""
-    try:
-        return load(file, custom_objects, unsafe)
-    except QatError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{file.path} cannot be loaded: {one_line(error)}") from error
+    with errors_in_one_line(path):
+        file = read_model_file(path)
+        check_float(file)
+        if file.version >= 3:
+            _require_keras3(file)
+            check_operations(file)
+        if not unsafe:
+            check_safe(file, custom_objects)
+        if file.version >= 3:
+            return from_keras3(_keras3(file, dict(custom_objects), unsafe), custom_objects)
+        load = _saved_model if file.format is Format.SAVED_MODEL else _tf_keras
+        return load(file, {**APPLICATION_LAYERS, **custom_objects}, unsafe)
 
 
 def _tf_keras(file: ModelFile, custom_objects: dict[str, Any], unsafe: bool) -> tf_keras.Model:
