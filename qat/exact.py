@@ -89,7 +89,9 @@ class ExactModel(tf_keras.Model):
 
     def _exact_values(self, inputs) -> list[np.ndarray]:
         """What each FakeQuantize call gives in the file, in Keras's shapes, float32."""
-        codes = self._simulator.tensors(*inputs)
+        types = [tensor.dtype for tensor in self._simulator.inputs]  # whole numbers for Embedding
+        given = [np.asarray(x, dtype) for x, dtype in zip(inputs, types, strict=True)]
+        codes = self._simulator.tensors(*given)
         values = []
         for call, tensor in zip(self._quantizes, self._tensors, strict=True):
             whole = codes[tensor.name].astype(np.float32) - np.float32(tensor.zero_point[0])

@@ -16,9 +16,8 @@ FLOAT_ONLY: dict[type, str] = {
         _NORMALIZES,
     ),
     **dict.fromkeys((layers.Conv3D, layers.Conv3DTranspose), _THREE),
-    **dict.fromkeys(
-        (layers.Dot, layers.Attention, layers.MultiHeadAttention, layers.EinsumDense), _PRODUCT
-    ),
+    **dict.fromkeys((layers.Dot, layers.Attention, layers.MultiHeadAttention), _PRODUCT),
+    layers.EinsumDense: "no integer form of its equation is written; use Dense where it is one",
     **dict.fromkeys((layers.LocallyConnected1D, layers.LocallyConnected2D), _LOCAL),
 }
 # Layers that no TFLite file of ours can hold, in integers or in float, and what to do.

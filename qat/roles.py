@@ -153,8 +153,7 @@ def activation_name(layer: layers.Layer) -> str | None:
     if isinstance(layer, layers.Activation):
         return getattr(layer.activation, "__name__", repr(layer.activation))
     if isinstance(layer, layers.Softmax):
-        rank = layer.input_spec.ndim if layer.input_spec else len(layer.input_shape)
-        if layer.axis not in (-1, rank - 1):
+        if layer.axis != -1 and layer.axis != len(layer.input_shape) - 1:
             raise UnsupportedLayerError(
                 f"layer {layer.name!r} (Softmax) has axis={layer.axis}; TFLite's is the last, -1: "
                 "put a Permute in front and behind"

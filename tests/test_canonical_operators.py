@@ -280,8 +280,6 @@ def test_other_operators_are_refused_in_one_line(case):
 SPELLINGS = {
     "tf relu": (tf.nn.relu, tf_keras.activations.relu),
     "tf softmax": (tf.nn.softmax, tf_keras.activations.softmax),
-    "tf swish": (tf.nn.swish, tf_keras.activations.swish),
-    "silu": ("silu", tf_keras.activations.swish),
     "gelu": (tf.nn.gelu, tf_keras.activations.gelu),
     "relu6": (tf.nn.relu6, tf.nn.relu6),
     "layer": (layers.LeakyReLU(0.3), layers.LeakyReLU),
@@ -303,6 +301,20 @@ def test_activations_have_one_spelling(case):
     found = made.layers[2:]
     assert [origins[layer.name] for layer in found] == ["conv", "alone"]
     assert all(getattr(layer, "activation", type(layer)) is expected for layer in found)
+
+
+@pytest.mark.parametrize("written", (tf.nn.swish, "silu", tf_keras.activations.swish))
+def test_swish_is_a_sigmoid_and_a_product(written):
+    made, origins = canonicalize(
+        model := model_of(
+            lambda x: layers.Activation(written, name="alone")(
+                layers.Conv2D(4, 3, activation=written, name="conv")(x)
+            )
+        )
+    )
+    assert_same_function(model, made)
+    found = [(origins[layer.name], type(layer).__name__) for layer in made.layers[2:]]
+    assert found == [(by, kind) for by in ("conv", "alone") for kind in ("Activation", "Multiply")]
 
 
 def test_an_activation_with_weights_is_refused():

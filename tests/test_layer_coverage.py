@@ -311,6 +311,20 @@ def test_a_damaged_table_is_seen(tmp_path):
     assert any("table: 1 codes differ" in line for line in integer_mismatches(model, file))
 
 
+def test_exact_models_know_tables_slopes_and_rows():
+    numbers = layers.Input((8,), dtype="int32", name="numbers")
+    x = layers.Embedding(20, 4)(numbers)
+    x = layers.PReLU()(layers.Conv1D(4, 3, activation="selu")(x))
+    x = layers.Maximum()([layers.LeakyReLU(0.1)(x), layers.Dense(4, activation="swish")(x)])
+    net = small_models.randomize(tf_keras.Model(numbers, layers.Dense(3)(x)))
+    data = [np.random.default_rng(0).integers(0, 20, (8, 8)).astype(np.int32)]
+    model = small_models.quantized(net, "w8a8", data)
+    with tempfile.TemporaryDirectory() as folder:
+        path = qat.export_tflite(model, pathlib.Path(folder, "m.tflite"))
+        (expected,) = small_models.run_file(path, data, "reference")
+    np.testing.assert_allclose(qat.ExactModel(model)(data[0]), expected, rtol=1e-6, atol=1e-7)
+
+
 # ---------------------------------------------------------------------------------------------
 # Layers that stay in float32, and those that cannot be in a file.
 

@@ -69,6 +69,9 @@ _OPERATORS: dict[str, tuple[str, int, Callable[[layers.Layer], Any]]] = {
     "leaky_relu": ("LEAKY_RELU", 2, _leaky_options),
 }
 
+# tflite-micro has no int8 GELU and EXP; LiteRT's reference kernels, which it must equal, no ELU.
+_NOT_ON_MICRO = ("elu", "exponential", "gelu")
+
 
 def leaky_slope(layer: layers.Layer) -> float:
     """The slope of a leaky ReLU below zero: a layer's own, or what its function does to -1."""
@@ -90,7 +93,7 @@ def lower_activation(builder: Builder, layer, inputs, shape: Shape) -> Stored | 
         x = x.emit(builder, x.name, None)
     if name == "hard_sigmoid6":
         return lower_hard_sigmoid(builder, layer.name, x)
-    if name not in _OPERATORS or (name == "elu" and not _plain_elu(builder, layer)):
+    if name not in _OPERATORS or not _has_kernel(builder, layer, name):
         return lower_pointwise(builder, layer, [x], shape)
     operator, version, options = _OPERATORS[name]
     return Elementwise(
@@ -104,10 +107,11 @@ def lower_activation(builder: Builder, layer, inputs, shape: Shape) -> Stored | 
     )
 
 
-def _plain_elu(builder: Builder, layer: layers.Layer) -> bool:
-    """Whether ELU's operator does it: its slope is 1, and the reference kernels, which
-    tflite-micro's are compared with, have none."""
-    return float(getattr(layer, "alpha", 1.0)) == 1.0 and not builder.target.arena
+def _has_kernel(builder: Builder, layer: layers.Layer, name: str) -> bool:
+    """Whether the target's kernels compute the function, of this layer's options, in int8."""
+    if builder.target.arena and name in _NOT_ON_MICRO:
+        return False
+    return name != "elu" or float(getattr(layer, "alpha", 1.0)) == 1.0
 
 
 def lower_pointwise(builder: Builder, layer, inputs, shape: Shape) -> Lookup:
