@@ -151,12 +151,12 @@ def test_files_hold_the_model_in_integers(build, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a8"])
+@pytest.mark.parametrize("bits", [(8, 16), (4, 8)])
 @pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
-def test_other_widths_are_integers_too(build, recipe, tmp_path):
+def test_other_widths_are_integers_too(build, bits, tmp_path):
     model = small_models.model_of(build, IMAGE)
     data = small_models.data_for(model, 24)
-    quantized = qat.settle_biases(small_models.quantized(model, recipe, data))
+    quantized = qat.settle_biases(small_models.quantized(model, small_models.recipe(*bits), data))
     path = tmp_path / "model.tflite"
     qat.export_tflite(quantized, path)
     found = qat.verify_tflite(path, quantized, small_models.batches(data))

@@ -3,7 +3,6 @@
 from qat.canonical.as_layers import as_layers
 from qat.canonical.flatten import leaves
 from qat.canonical.graph import Call, calls, consumers, functional, rebuild
-from qat.canonical.operators import is_operator_call
 from qat.canonical.passes import canonicalize
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "canonicalize",
     "consumers",
     "functional",
-    "is_operator_call",
     "leaves",
     "rebuild",
 ]
