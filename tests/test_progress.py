@@ -68,7 +68,7 @@ def test_every_quantizer_has_its_curves(run):
     for name in (KERNEL, "logits/kernel"):
         assert {f"{name}/{key}" for key in (*keys, "flips", "steps")} <= tags, sorted(tags)
     sites = [layer.name for layer in model.layers if isinstance(layer, qat.FakeQuantize)]
-    assert len(sites) == 3
+    assert len(sites) == 4
     for name in sites:
         assert {f"{name}/{key}" for key in keys} <= tags, sorted(tags)
 
