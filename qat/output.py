@@ -105,9 +105,10 @@ def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
         before = json.loads(file.read_text())
         for name, value in flags.items():
             if before.get(name) != value:
+                started, asked = (f"{each}"[:60] for each in (before.get(name), value))
                 raise UserError(
-                    f"--resume: {path} was started with --{name}={before.get(name)}, not {value}; "
-                    "use the same flags, or another --output_dir"
+                    f"--resume: {path} was started with --{name}={started}, not {asked}; use the "
+                    "same flags, or another --output_dir"
                 )
         return
     file.parent.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ import tf_keras
 from qat import callbacks as qat_callbacks
 from qat.callbacks.distillation import ends_in_softmax
 from qat.callbacks.guards import TrainingError, one_line_errors
+from qat.callbacks.progress import quiet
 from qat.checkpoints import CheckpointFolder, stopping_at_signals
 from qat.distribution import (
     batch_norm_over_replicas,
@@ -146,8 +147,8 @@ def fit(
         ValueError: a setting out of range.
     """
     strategy = model.distribute_strategy
-    trained = in_precision(model, config.mixed_precision)
-    with strategy.scope(), batch_norm_over_replicas(trained, strategy), one_line_errors():
+    with strategy.scope(), one_line_errors():
+        trained = in_precision(model, config.mixed_precision)
         try:
             start = _train(trained, data, config, callbacks)
         finally:
@@ -172,7 +173,11 @@ def _train(
     scheduled += [each for each in callbacks if isinstance(each, qat_callbacks.Scheduled)]
     others = [each for each in callbacks if each not in scheduled]
     saved = config.checkpoint_dir is not None
-    with _of_one_training(scheduled, model, total), stopping_at_signals(saved) as stop:
+    with (
+        _of_one_training(scheduled, model, total),
+        batch_norm_over_replicas(model, strategy),
+        stopping_at_signals(saved) as stop,
+    ):
         folder = _checkpoints(model, config, scheduled)
         start = folder.restore() if folder is not None and config.resume else 0
         require_same_step(start, strategy)
@@ -181,17 +186,13 @@ def _train(
         if folder is not None:
             own.append(qat_callbacks.Checkpoints(folder, config.checkpoint_steps, stop))
         for first, last, count in _segments(start, steps, config.epochs):
-            listed = tf_keras.callbacks.CallbackList(
-                [*own, *others], add_history=True, model=model, epochs=last, steps=count
-            )
-            listed._check_timing = False  # a checkpoint takes longer than a step: no news
             model.fit(
                 split(data.train_stream(first), strategy),
                 initial_epoch=first // steps,
                 epochs=last,
                 steps_per_epoch=count,
                 validation_data=by_examples(data.validation),
-                callbacks=listed,
+                callbacks=quiet([*own, *others], model, epochs=last, steps=count),
                 verbose=0,
             )
             if model.stop_training:

@@ -125,6 +125,7 @@ def test_a_training_goes_on_from_the_checkpoint_before_a_damaged_one(cut_off, wh
     assert_same(model, whole)
 
 
+@pytest.mark.slow
 def test_damage_to_all_checkpoints_is_an_error_of_one_line(cut_off):
     for path in cut_off.glob("*.data*"):
         shorten(path)
@@ -133,6 +134,7 @@ def test_damage_to_all_checkpoints_is_an_error_of_one_line(cut_off):
     assert "\n" not in str(error.value) and str(cut_off) in str(error.value)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_settings_are_refused(cut_off):
     """They hold no state of the callbacks that are asked for now."""
     with pytest.raises(TrainingError, match="other settings"):

@@ -7,76 +7,91 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from small_models import everywhere
-from stripes import Recorder, Stripes, float_model, quantized_model
+from stripes import STEPS, Recorder, Stripes, float_model, quantized_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qat
 from qat.callbacks import QuantizationSummaries
 from qat.callbacks.progress import duration
+from qat.grid import Grid
 from qat.train import TrainConfig, fit
 
-EPOCHS = 2
+KERNEL = "conv/kernel"
+
+
+def kernel_of(model: tf_keras.Model) -> tuple[np.ndarray, Grid]:
+    ((weight, quantizer, variables),) = model.get_layer("quant_conv")._weight_vars
+    return weight.numpy(), quantizer.grid(variables, tf.convert_to_tensor(weight)).numpy()
+
+
+def codes_of(model: tf_keras.Model) -> np.ndarray:
+    weight, grid = kernel_of(model)
+    return np.clip(np.rint(weight / grid.scale), grid.qmin, grid.qmax)
+
+
+class Flips(tf_keras.callbacks.Callback):
+    """The share of the kernel's integers that each step changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.before = codes_of(self.model)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.found.append((self.before != codes_of(self.model)).mean())
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A training with everything watched: its model and its folder."""
-    folder = tmp_path_factory.mktemp("run")
+    """A training whose every step is written: its model, the events, the flips."""
+    folder, flips = tmp_path_factory.mktemp("run"), Flips()
     model = quantized_model(recipe=everywhere("w2a2"))
-    config = TrainConfig(epochs=EPOCHS, learning_rate=0.02, log_dir=folder)
-    fit(model, Stripes(), config)
-    return model, folder
+    summaries = QuantizationSummaries(folder, Stripes().validation, STEPS)
+    fit(model, Stripes(), TrainConfig(epochs=1, learning_rate=0.05), callbacks=[summaries, flips])
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    return model, events, flips.found
 
 
-def events(folder) -> EventAccumulator:
-    found = EventAccumulator(str(folder / "quantization"), size_guidance={"tensors": 0})
-    found.Reload()
-    return found
+def curve(events: EventAccumulator, tag: str) -> dict[int, float]:
+    return {e.step: tf.make_ndarray(e.tensor_proto).item() for e in events.Tensors(tag)}
 
 
-def curve(found: EventAccumulator, tag: str) -> dict[int, float]:
-    return {e.step: tf.make_ndarray(e.tensor_proto).item() for e in found.Tensors(tag)}
+def test_every_quantizer_has_its_curves(run):
+    model, events, _ = run
+    tags = set(events.Tags()["tensors"])
+    keys = ("lowest", "highest", "step", "levels_used", "clipped", "codes")
+    for name in (KERNEL, "logits/kernel"):
+        assert {f"{name}/{key}" for key in (*keys, "flips", "steps")} <= tags, sorted(tags)
+    sites = [layer.name for layer in model.layers if isinstance(layer, qat.FakeQuantize)]
+    assert len(sites) == 4
+    for name in sites:
+        assert {f"{name}/{key}" for key in keys} <= tags, sorted(tags)
 
 
-def test_curves_are_written_twice_an_epoch_for_every_quantizer(run):
-    model, folder = run
-    found = events(folder)
-    tags = set(found.Tags()["tensors"])
-    for name in ("conv/kernel", "logits/kernel"):
-        for key in ("lowest", "highest", "step", "levels_used", "clipped", "flips", "codes"):
-            assert f"{name}/{key}" in tags, sorted(tags)
-        assert f"{name}/steps" in tags  # one a channel
-    for layer in model.layers:
-        if isinstance(layer, qat.FakeQuantize):
-            assert {
-                f"{layer.name}/{key}" for key in ("lowest", "highest", "step", "clipped")
-            } <= tags
-    assert list(curve(found, "conv/kernel/flips")) == [1, 3, 5, 7]
+def test_flips_are_those_of_each_step(run):
+    _, events, flips = run
+    assert curve(events, f"{KERNEL}/flips") == pytest.approx(dict(enumerate(flips, start=1)))
+    assert max(flips) > 0
 
 
-def test_the_numbers_are_those_of_the_model(run, tmp_path):
-    """At rate 0 the model stays as it is, so that NumPy can count on it."""
-    model = run[0]
-    fit(model, Stripes(), TrainConfig(epochs=1, learning_rate=0.0, log_dir=tmp_path))
-    found = events(tmp_path)
-    wrapper = model.get_layer("quant_conv")
-    ((weight, quantizer, variables),) = wrapper._weight_vars
-    w, grid = weight.numpy(), quantizer.grid(variables, tf.convert_to_tensor(weight)).numpy()
-    codes = np.clip(np.rint(w / grid.scale), grid.qmin, grid.qmax)
+def test_the_last_numbers_are_those_of_the_trained_model(run):
+    model, events, _ = run
+    weight, grid = kernel_of(model)
+    v = weight / grid.scale
     expected = {
         "lowest": (grid.qmin * grid.scale).min(),
         "highest": (grid.qmax * grid.scale).max(),
         "step": grid.scale.mean(),
-        "levels_used": len(set(codes.ravel())) / (grid.qmax - grid.qmin + 1),
-        "clipped": (
-            (w / grid.scale > grid.qmax + 1e-3) | (w / grid.scale < grid.qmin - 1e-3)
-        ).mean(),
-        "flips": 0.0,
+        "levels_used": len(set(codes_of(model).ravel())) / (grid.qmax - grid.qmin + 1),
+        "clipped": ((v > grid.qmax + 1e-3) | (v < grid.qmin - 1e-3)).mean(),
     }
     for key, value in expected.items():
-        last = list(curve(found, f"conv/kernel/{key}").values())[-1]
-        assert last == pytest.approx(value, rel=1e-5, abs=1e-7), key
+        assert curve(events, f"{KERNEL}/{key}")[STEPS] == pytest.approx(value, rel=1e-5), key
 
 
 def test_a_float_model_has_no_curves_of_quantization(tmp_path):

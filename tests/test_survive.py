@@ -129,8 +129,9 @@ def test_the_report_tells_where_a_run_went_on(whole, tmp_path):
         assert killed(folder, in_training(phase, 8), 0.0)
         saved = checkpoints(folder, phase)
         assert finished(start(folder, "--resume"))[0] == 0
-        # Killed in float training, it goes through all of the quantized one.
-        assert report_of(folder)["resumed_at_step"] == saved >= 8
+        # Killed in float training, it goes through all of the quantized one. The last checkpoint
+        # may have been cut short; then it is the one before, two steps earlier.
+        assert report_of(folder)["resumed_at_step"] in (saved, saved - 2)
         assert contents(folder) == whole
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import tf_keras
 
@@ -53,6 +54,24 @@ class Progress(tf_keras.callbacks.Callback):
         done = self._done()
         seconds = (time.monotonic() - self._began) / max(1, done - self._first)
         return f"{duration(seconds * (self.epochs * self.steps_per_epoch - done))} left"
+
+
+def quiet(
+    callbacks: Sequence[tf_keras.callbacks.Callback],
+    model: tf_keras.Model,
+    *,
+    epochs: int,
+    steps: int,
+) -> tf_keras.callbacks.CallbackList:
+    """Keras's list of callbacks for `Model.fit`, without its warnings that one takes time.
+
+    Writing a checkpoint takes longer than a step, which is no news.
+    """
+    made = tf_keras.callbacks.CallbackList(
+        callbacks, add_history=True, model=model, epochs=epochs, steps=steps
+    )
+    made._check_timing = False
+    return made
 
 
 def duration(seconds: float) -> str:
