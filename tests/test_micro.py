@@ -21,6 +21,7 @@ from qat.export.c_source import c_sources
 from qat.export.convert import convert
 from qat.export.flatbuffer import to_bytes
 from qat.export.graph import ExportError
+from qat.export import micro
 from qat.export.micro import arena_bytes, micro_check
 from qat.files import write_together
 from qat.integers import integer_mismatches
@@ -132,6 +133,13 @@ def test_a_layer_kept_in_float(tmp_path):
     model, path = exported(tmp_path, mixed, IMAGE, recipe)
     assert "CONV_2D" in read_file(path).float_operators()
     assert integer_mismatches(model, read_file(path)) == []
+
+
+@needs_micro
+def test_the_arena_of_one_file_is_sought_once(tmp_path, monkeypatch):
+    model, path = exported(tmp_path, dense, (8,), "w8a8")
+    monkeypatch.setattr(micro._Trial, "arena", None)
+    assert arena_bytes(path) % 16 == 0
 
 
 @needs_micro
