@@ -21,7 +21,6 @@ from qat.export.c_source import c_sources
 from qat.export.convert import convert
 from qat.export.flatbuffer import to_bytes
 from qat.export.graph import ExportError
-from qat.export import micro
 from qat.export.micro import arena_bytes, micro_check
 from qat.files import write_together
 from qat.integers import integer_mismatches
