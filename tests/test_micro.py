@@ -135,6 +135,13 @@ def test_a_layer_kept_in_float(tmp_path):
 
 
 @needs_micro
+def test_the_arena_of_one_file_is_sought_once(tmp_path, monkeypatch):
+    model, path = exported(tmp_path, dense, (8,), "w8a8")
+    monkeypatch.setattr(micro._Trial, "arena", None)
+    assert arena_bytes(path) % 16 == 0
+
+
+@needs_micro
 @pytest.mark.slow
 def test_the_arena_suffices_and_less_does_not(tmp_path):
     """Wide layers take more while they are set up than what is used in the end."""

@@ -101,6 +101,7 @@ def test_batches_of_one_element_tuples(model, paths, pixels):
     """What `from_tensor_slices((x,))` gives, as Keras and qat.calibrate take it."""
     batches = tf.data.Dataset.from_tensor_slices((pixels,)).batch(16)
     found = qat.verify_tflite(paths["float32"], model, batches, layer_examples=0)
+    assert found.layers.rows == [] and found.layers.examples == 0
     assert found.num_examples == 50 and found.accuracy is None
 
 

@@ -17,11 +17,15 @@ from small_models import layers
 import qat
 from qat.canonical import functional
 from qat.export.convert import convert
+from qat.integers import integer_mismatches
 from qat.tflite_file import FileError, read_file
+from qat.verify import interpreter
+from qat.verify import layers as compare_module
 from qat.verify.differences import Difference, difference
+from qat.verify.integer import SimulationError
 from qat.verify.interpreter import Runner
 from qat.verify.larq import open_runner
-from qat.verify.layers import LayerRow, Pair, affordable_examples, compare_layers
+from qat.verify.layers import LayerComparison, LayerRow, Pair, affordable_examples, compare_layers
 from qat.verify.points import points
 from qat.verify.recording import record, recordable
 
@@ -36,6 +40,14 @@ def network(x):
     x = layers.Conv2D(16, 3, activation="relu", name="three")(x)
     x = layers.GlobalAveragePooling2D(name="mean")(x)
     return layers.Dense(5, name="logits")(x)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_trial():
+    """Every file here is sound: a first run in another process would only take time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_objection", lambda content, resolver: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -187,24 +199,35 @@ def one_multiplier(content, tensors):
     tensors["two/kernel"].quantization.scale[2] *= 1.5
 
 
+def departed(found: LayerComparison, pair: str) -> list[str]:
+    return [row.layer for row in found.rows if row.beyond_rounding(pair)]
+
+
 @pytest.mark.parametrize("change", [one_bias, one_multiplier])
 def test_an_altered_layer_is_named(model, path, data, tmp_path, change):
     made = altered(path, tmp_path, change)
-    batches = tf.data.Dataset.from_tensors((data[0],))
-    found = qat.verify_tflite(made, model, batches, layer_examples=EXAMPLES)
-    assert not found.integers_match and "two/kernel" in found.mismatches[0]
+    assert "two/kernel" in integer_mismatches(model, read_file(made))[0]
+    found = compared(model, made, data)
     for pair in ("keras_default", "keras_reference"):
-        assert [r.layer for r in found.layers.rows if r.beyond_rounding(pair)] == ["two"]
-    assert found.layers.first_departure("keras_default").layer == "two"
+        assert departed(found, pair) == ["two"]
+    assert found.first_departure("keras_default").layer == "two"
     # The layers behind inherit it, with no doing of their own.
-    three = next(row for row in found.layers.rows if row.layer == "three").pairs["keras_default"]
+    three = next(row for row in found.rows if row.layer == "three").pairs["keras_default"]
     assert three.total.largest > 1 and three.own.different <= three.own.codes / 100
     # Both kernels and the simulator read the same altered file.
-    for pair in ("default_reference", "reference_simulator"):
-        assert not any(row.beyond_rounding(pair) for row in found.layers.rows)
+    assert departed(found, "default_reference") == departed(found, "reference_simulator") == []
+
+
+def test_verify_tflite_says_all_of_it(model, path, data, tmp_path):
+    made = altered(path, tmp_path, one_bias)
+    batches = tf.data.Dataset.from_tensors((data[0],))
+    found = qat.verify_tflite(made, model, batches, layer_examples=8)
+    assert not found.integers_match and "two/kernel" in found.mismatches[0]
+    assert found.layers.examples == 8 and departed(found.layers, "keras_default") == ["two"]
     (pairs,) = found.outputs.values()
     assert pairs["keras_default"].largest == found.max_output_difference_lsb > 1
-    assert pairs["keras_reference"].codes == 5 * EXAMPLES
+    for pair in ("keras_default", "keras_reference", "default_reference"):
+        assert pairs[pair].codes == 5 * EXAMPLES
 
 
 def test_another_operator_with_the_same_integers_is_found(model, path, data, tmp_path):
@@ -217,11 +240,8 @@ def test_another_operator_with_the_same_integers_is_found(model, path, data, tmp
                 code.deprecatedBuiltinCode = code.builtinCode
 
     made = altered(path, tmp_path, average)
-    batches = tf.data.Dataset.from_tensors((data[0],))
-    found = qat.verify_tflite(made, model, batches, layer_examples=EXAMPLES)
-    assert found.integers_match
-    departed = [row.layer for row in found.layers.rows if row.beyond_rounding("keras_default")]
-    assert departed == ["three"]
+    assert integer_mismatches(model, read_file(made)) == []
+    assert departed(compared(model, made, data), "keras_default") == ["three"]
 
 
 def test_another_scale_leaves_a_tensor_out_and_says_so(model, path, data, tmp_path):
@@ -250,15 +270,31 @@ def test_kernels_that_refuse_the_file_are_said_to(model, path, data):
 
 
 def test_float_operators_are_not_simulated(tmp_path):
+    def two(x):
+        return layers.Conv2D(2, 3, name="two")(layers.Conv2D(2, 3, name="one")(x))
+
     recipe = small_models.recipe(8, 8, qat.Rule(layer="two", keep_float="a test"))
-    model = small_models.quantized(small_models.model_of(network, SHAPE), recipe)
+    model = small_models.quantized(small_models.model_of(two, SHAPE), recipe)
     made = qat.export_tflite(model, tmp_path / "float.tflite")
     found = compared(model, made, small_models.data_for(model, 2))
     assert "is not simulated" in found.not_compared["reference_simulator"] or (
         "float32" in found.not_compared["reference_simulator"]
     )
     assert {"keras_default", "default_reference"} <= set(found.rows[-1].pairs)
-    assert found.rows[-1].pairs["default_reference"].own is None
+
+
+def test_without_the_simulator_kernels_are_compared_in_total_alone(model, path, data, monkeypatch):
+    def refuse(*given):
+        raise SimulationError("not today")
+
+    monkeypatch.setattr(compare_module, "simulate", refuse)
+    found = compared(model, path, data)
+    alone = "default_reference, each layer on its own"
+    assert set(found.not_compared) == {"reference_simulator", alone}
+    assert all("not today" in reason for reason in found.not_compared.values())
+    pair = found.rows[-1].pairs["default_reference"]
+    assert pair.total.different and pair.own is None
+    assert not any(row.beyond_rounding("default_reference") for row in found.rows)
 
 
 def test_tensors_of_one_name_are_not_compared(model, path, data, tmp_path):
@@ -282,13 +318,6 @@ def test_recording_that_changes_the_outputs_is_refused(path, data):
     assert str(path) in str(error.value)
 
 
-def test_nothing_is_compared_when_nothing_is_asked_for(model, path, data):
-    batches = tf.data.Dataset.from_tensors((data[0],))
-    found = qat.verify_tflite(path, model, batches, layer_examples=0)
-    assert found.layers.rows == [] and found.layers.examples == 0
-    assert set(*map(frozenset, found.outputs.values())) == {"keras_default"}
-
-
 # ---------------------------------------------------------------- which tensor is a layer's
 
 
@@ -304,13 +333,11 @@ def test_nothing_is_compared_when_nothing_is_asked_for(model, path, data):
 )
 def test_points_are_where_the_export_put_them(build, how, tmp_path):
     model = functional(small_models.quantized(small_models.model_of(build, (11, 10, 3)), how))
-    for io in ("float32", "uint8") if how != "w8a16" else ("float32",):
-        file = read_file(qat.export_tflite(model, tmp_path / "model.tflite", io=io))
-        origins = convert(model, io=io).origins
-        found = points(model, file)
-        assert len(found) > 5
-        for point in found:
-            assert point.tensor.name == origins[id(point.call.output)].name
+    file = read_file(qat.export_tflite(model, tmp_path / "model.tflite"))
+    origins, found = convert(model).origins, points(model, file)
+    assert len(found) > 5
+    for point in found:
+        assert point.tensor.name == origins[id(point.call.output)].name
 
 
 def test_integer_inputs_are_no_points(model, data, tmp_path):

@@ -26,7 +26,7 @@ class Latency:
     threads: int
     runs: int
     median_seconds: float
-    quartile_seconds: tuple[float, float]
+    quartile_seconds: list[float]
     batch_size: int
 
 
@@ -51,6 +51,6 @@ def _latency(path: str | os.PathLike, threads: int) -> Latency:
         threads=threads,
         runs=runs,
         median_seconds=float(median),
-        quartile_seconds=(float(lower), float(upper)),
+        quartile_seconds=[float(lower), float(upper)],
         batch_size=runner.batch_size,
     )
