@@ -192,6 +192,11 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
         )
     metric = tf_keras.metrics.SparseCategoricalAccuracy("accuracy")
     model.compile(optimizer, loss, [metric], jit_compile=config.jit_compile)
+    # Keras traces a step that makes variables twice; tracing is most of a short training.
+    with model.distribute_strategy.scope():
+        optimizer.build(model.trainable_variables)
+        model.compiled_loss.build(model.output)
+        model.compiled_metrics.build(model.output, model.output)
 
 
 def _scheduled(config: TrainConfig, data: TrainingData) -> list[qat_callbacks.Scheduled]:
@@ -238,7 +243,6 @@ def _checkpoints(
 ) -> tf.train.CheckpointManager | None:
     if config.checkpoint_dir is None:
         return None
-    model.optimizer.build(model.trainable_variables)
     states = {type(each).__name__: each.state for each in scheduled if each.state is not None}
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, **states)
     return tf.train.CheckpointManager(checkpoint, str(config.checkpoint_dir), max_to_keep=2)

@@ -30,7 +30,7 @@ from qat.export.freeze import (
 from qat.export.graph import ExportError, Graph, Tensor, activation_dtype
 from qat.export.lower_linear import lower_affine, lower_linear, variable
 from qat.export.lower_reactnet import lower_shift, sign_thresholds
-from qat.export.lower_shape import LOWERINGS, TAKES_PENDING
+from qat.export.lower_shape import LOWERINGS, takes_pending
 from qat.export.pending import Linear, Pending
 from qat.export.target import LCE, LITERT, Target
 from qat.grid import Grid
@@ -149,7 +149,7 @@ class _Converter:
             return lower_shift(self.builder, layer, self._stored(call.inputs[0]))
         if configs.kernels(layer):
             return self._linear(layer, self._stored(call.inputs[0]), None)
-        if isinstance(layer, TAKES_PENDING):
+        if takes_pending(layer):
             return self._plain(layer, [self.values[id(tensor)] for tensor in call.inputs])
         return self._plain(layer, [self._stored(tensor) for tensor in call.inputs])
 
@@ -171,7 +171,7 @@ class _Converter:
             value = self.builder.to_float(self._stored(tensors[0]), inner.name)
             return self._affine(inner.name, value, inner.scale, inner.offset)
         waiting = [self.values[id(tensor)] for tensor in tensors]
-        if isinstance(inner, TAKES_PENDING) and isinstance(waiting[0], Pending):
+        if takes_pending(inner) and isinstance(waiting[0], Pending):
             return self._plain(inner, waiting)  # a float layer that fuses into a float operator
         inputs = [self._stored(tensor) for tensor in tensors]
         if configs.kernels(inner):

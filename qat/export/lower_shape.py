@@ -9,6 +9,7 @@ import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored
+from qat.export.graph import ExportError
 from qat.export.lower_linear import PADDING
 from qat.export.lower_reactnet import lower_slope
 from qat.export.pending import Concat, Elementwise, Pending
@@ -137,6 +138,11 @@ def _activation(builder, layer, inputs, shape):
         return x
     if isinstance(x, Pending):
         return x.with_activation(name)
+    if name not in _ACTIVATION_OPERATORS:  # a layer kept in float may compute anything
+        raise ExportError(
+            f"layer {layer.name!r} computes {name!r}, which has no TFLite operator here; legal: "
+            f"{', '.join(_ACTIVATION_OPERATORS)}"
+        )
     operator, options = _ACTIVATION_OPERATORS[name]
     return Elementwise(
         name=layer.name, shape=shape, inputs=(x,), operator=operator, options=options
@@ -171,5 +177,14 @@ LOWERINGS: dict[type, Callable[[Builder, layers.Layer, list[Value], Shape], Valu
     layers.Subtract: _binary_operator("SUB", schema.SubOptionsT),
     layers.Multiply: _binary_operator("MUL", schema.MulOptionsT),
 }
-# These take operators that still wait for a grid; all others need their inputs in the file.
-TAKES_PENDING = (layers.Activation, layers.ReLU, layers.Concatenate, layers.Dropout)
+
+
+def takes_pending(layer: layers.Layer) -> bool:
+    """Whether the layer takes operators that still wait for a grid; else its inputs must be stored.
+
+    Raises:
+        UnsupportedLayerError: as `activation_name`.
+    """
+    if isinstance(layer, layers.Activation | layers.ReLU):
+        return activation_name(layer) in ("linear", "relu", "relu6")
+    return isinstance(layer, layers.Concatenate | layers.Dropout)

@@ -31,17 +31,19 @@ SCRIPT = pathlib.Path(__file__).with_name("larq_script.py")
 _FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
-def open_runner(path: str | os.PathLike, *, threads: int | None = None) -> Runner:
+def open_runner(
+    path: str | os.PathLike, *, kernels: str = "default", threads: int | None = None
+) -> Runner:
     """The file, loaded by the interpreter that has its operators: LiteRT's or Larq's.
 
     Args:
-        threads: None = all cores.
+        kernels: "default", "optimized" or "reference". threads: None = all cores.
 
     Raises:
         FileError: as `Runner`. UserError: as `require_python`.
     """
-    larq = runs_on_larq(read_file(path))
-    return LarqRunner(path, threads=threads) if larq else Runner(path, threads=threads)
+    made = LarqRunner if runs_on_larq(read_file(path)) else Runner
+    return made(path, kernels=kernels, threads=threads)
 
 
 def require_python() -> str:
