@@ -226,6 +226,11 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
     if config.mixed_precision == "float16":
         optimizer = tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     model.compile(optimizer, losses, objective.metrics(), jit_compile=config.jit_compile)
+    # Keras traces a step that makes variables twice; tracing is most of a short training.
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
+        model.compiled_loss.build(model.output)
+        model.compiled_metrics.build(model.output, model.output)
 
 
 def _scheduled(config: TrainConfig, data: TrainingData) -> list[qat_callbacks.Scheduled]:
@@ -272,7 +277,6 @@ def _checkpoints(
 ) -> CheckpointFolder | None:
     if config.checkpoint_dir is None:
         return None
-    model.optimizer.build(model.trainable_variables)
     states = {type(each).__name__: each.state for each in scheduled if each.state is not None}
     states.update(model=model, optimizer=model.optimizer)
     writes = is_chief(model.distribute_strategy)

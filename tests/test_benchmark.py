@@ -539,6 +539,12 @@ CALLS = {
     "peer without Python": ("--output_dir=new --peers=larq", 2, "peer_python install"),
     "seeds": ("--output_dir=new --seeds=a,b", 2, "seeds 0,1,2"),
     "json folder missing": ("--output_dir=new --json=gone/a.json", 2, "gone/a.json"),
+    "another suite's flag": ("--output_dir=new --target=tflm", 2, "--target --suite=accuracy"),
+    "export, peers": ("--output_dir=new --suite=export --peers=tfmot", 2, "--peers --suite=export"),
+    "export, seeds": ("--output_dir=new --suite=export --seeds=0,1", 2, "--seeds=0,1 one"),
+    "export, target": ("--output_dir=new --suite=export --target=edgetpu", 2, "target litert"),
+    "export, recipe": ("--output_dir=new --suite=export --recipes=w9a9", 2, "'w9a9'"),
+    "export, model": ("--output_dir=new --suite=export --model=x", 2, "'x' every_operator cnn5"),
     "output_dir is a file": ("--output_dir=text.txt --recipes=", 2, "text.txt"),
 }
 

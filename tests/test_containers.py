@@ -99,8 +99,13 @@ def test_the_file_computes_what_was_trained(kind, recipe, storage, tmp_path):
     assert len(np.unique(expected)) > 10 and read_file(path).float_operators() == []
     outputs = {kernels: small_models.run_file(path, data, kernels)[0] for kernels in KERNELS}
     difference = np.abs(outputs["default"] - expected) / step
-    if recipe == "w2a16":  # float32 sums in training do not hold 16-bit codes exactly
-        assert difference.max() < 3
+    if recipe == "w2a16":
+        # The int16 kernels cut their multipliers to 16 bits, of which the first is a one: a code c
+        # moves by up to |c| / 2^15 <= 1. Float32 sums in training, and input codes that round the
+        # other way at a half, move it by far less than another one. Reals less than 2 apart round
+        # to codes at most 2 apart, and the share of codes that differ is their mean distance.
+        assert np.rint(difference).max() <= 2
+        assert (difference > 0.5).mean() <= np.abs(expected / step).mean() / 2**15 + 1e-3
     else:
         assert difference.max() < 1.5 and (difference > 0.5).mean() <= 1e-4
     np.testing.assert_array_equal(simulate(path, *data)[0], outputs["reference"])

@@ -154,6 +154,40 @@ def test_a_layer_kept_in_float(tmp_path):
         assert np.rint(np.abs(actual - expected) / step).max() <= 2
 
 
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "softmax", "relu6", "linear"])
+def test_an_activation_kept_in_float(activation, tmp_path):
+    """Of a dense layer in the middle and of one at the end, beside a layer that stays integer."""
+
+    def build(x):
+        x = layers.Dense(6, activation="relu", name="first")(x)
+        x = layers.Dense(6, activation=activation, name="middle")(x)
+        return layers.Dense(4, activation=activation, name="end")(x)
+
+    net = small_models.model_of(build, (5,))
+    rules = [qat.Rule(layer=name, keep_float="sensitive") for name in ("middle", "end")]
+    model = small_models.quantized(net, small_models.recipe(8, 8, *rules))
+    data = small_models.data_for(net)
+    path = qat.export_tflite(model, tmp_path / "float.tflite")
+    operator = {"tanh": "TANH", "sigmoid": "LOGISTIC", "softmax": "SOFTMAX"}.get(activation)
+    floats = read_file(path).float_operators()
+    dense = ["FULLY_CONNECTED", *([operator] if operator else [])]
+    assert [name for name in floats if name != "DEQUANTIZE"] == 2 * dense
+    # The first layer's codes are the model's; float32 is all that is left to differ.
+    (expected,), (actual,) = small_models.run_model(model, data), small_models.run_file(path, data)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_activation_that_no_operator_computes(tmp_path):
+    def build(x):
+        return layers.Dense(3, activation="gelu", name="odd")(layers.Dense(4)(x))
+
+    net = small_models.model_of(build, (5,))
+    recipe = small_models.recipe(8, 8, qat.Rule(layer="odd", keep_float="a test"))
+    with pytest.raises(QatError) as error:
+        qat.export_tflite(small_models.quantized(net, recipe), tmp_path / "m.tflite")
+    assert_one_line(error, "odd_gelu", "'gelu'", "tanh")
+
+
 # Guards: one line, and nothing left behind.
 
 

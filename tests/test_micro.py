@@ -158,8 +158,6 @@ def test_the_arena_suffices_and_less_does_not(tmp_path):
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w1a1"])
 @pytest.mark.parametrize(("name", "channels"), [("lenet", 1), ("resnet20", 3), ("mobilenet_v2", 3)])
 def test_whole_networks(tmp_path, name, channels, recipe):
-    if recipe == "w1a1" and name == "mobilenet_v2":
-        pytest.skip("1-bit activations in front of depthwise convolutions: not a recipe for it")
     data = pixels((16, 16, channels))
     net = with_statistics(models.build(name, (16, 16, channels), 10), data)
     model = small_models.quantized(net, recipe, data, input_range=(0, 255))

@@ -18,13 +18,14 @@ from qat import data as qat_data
 from qat.apply import quantize_model
 from qat.benchmark import networks, peers, plot, table
 from qat.benchmark.candidate import Candidate
+from qat.benchmark.checkpoint import make_float_model
 from qat.benchmark.plan import Plan, Run, runs
 from qat.benchmark.store import Store
 from qat.benchmark.tfmot import PeerError
 from qat.errors import UserError
 from qat.figures import MISSING
 from qat.files import write_whole
-from qat.float_model import load_float_model, save_float_model
+from qat.float_model import load_float_model
 from qat.machine import machine, versions
 from qat.report import to_json
 from qat.train import TrainingError
@@ -65,7 +66,7 @@ class _Benchmark:
         self.store.make()
         for seed in seeds:
             self.make_float_model(seed, wait=False)
-        elsewhere = [run for run in self.runs if not self.finish(run)]
+        elsewhere = [run for run in self.runs if not self.store.finish(run, self.attempt)]
         if elsewhere:
             print(f"{len(elsewhere)} runs are with other processes, e.g. {elsewhere[0].label}")
         content = self.write()
@@ -90,23 +91,8 @@ class _Benchmark:
     # ------------------------------------------------------------ training
 
     def make_float_model(self, seed: int, *, wait: bool) -> None:
-        """Trains the checkpoint, unless it is there or another process is training it."""
-        path, terms = self.store.float_model(seed), self.plan.terms
-        with self.store.claimed(path, wait=wait) as mine:
-            if not mine or path.exists():
-                return
-            print(f"seed {seed}: float network, {terms.float_epochs} epochs", flush=True)
-            tf_keras.utils.set_random_seed(seed)
-            model, data = self.untrained(), self.data_of(seed)
-            networks.train_plainly(model, data, terms.float_epochs, terms.learning_rate)
-            save_float_model(model, path)
-
-    def finish(self, run: Run) -> bool:
-        """Sees to it that the run is finished; False if another process is at it."""
-        with self.store.claimed(self.store.path(run), wait=False) as mine:
-            if mine and self.store.result(run) is None:
-                self.store.write(run, self.attempt(run))
-            return mine
+        data, terms = self.data_of(seed), self.plan.terms
+        make_float_model(self.store, seed, terms, data, self.untrained, wait=wait)
 
     def attempt(self, run: Run) -> dict[str, Any]:
         """The result of a run, or the error that ended it."""

@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,13 @@ class Store:
     def write(self, run: Run, result: dict[str, Any]) -> None:
         """Keeps the result of a run, in place of an earlier one."""
         write_whole(self.path(run), to_json(result))
+
+    def finish(self, run: Run, attempt: Callable[[Run], dict[str, Any]]) -> bool:
+        """Sees to it that the run is finished; False if another process is at it."""
+        with self.claimed(self.path(run), wait=False) as mine:
+            if mine and self.result(run) is None:
+                self.write(run, attempt(run))
+            return mine
 
     def results(self) -> list[dict[str, Any]]:
         """All results in the folder that are of this split, failed ones too, seed by seed."""

@@ -103,9 +103,9 @@ def markdown(
     """
     lines = ["# Accuracy", "", *(f"- {line}" for line in about), ""]
     lines += [
-        _line(_COLUMNS),
-        _line(["---"] * len(_COLUMNS)),
-        *(_line(_cells(row)) for row in rows),
+        table_row(_COLUMNS),
+        table_row(["---"] * len(_COLUMNS)),
+        *(table_row(_cells(row)) for row in rows),
     ]
     lines += [
         "",
@@ -125,24 +125,27 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"`{row['method']}`",
         str(row["epochs"]),
         ", ".join(map(str, row["seeds"])),
-        _points(row["accuracy"], row["accuracy_error"]),
-        "F" if row["method"] == SAME_EPOCHS else _points(row["delta"], row["delta_error"], "+"),
-        _bytes(row["weight_bytes"]) + ("\\*" if row["weight_bytes_in_theory"] else ""),
-        _bytes(row["file_bytes"]),
+        points(row["accuracy"], row["accuracy_error"]),
+        "F" if row["method"] == SAME_EPOCHS else points(row["delta"], row["delta_error"], "+"),
+        number(row["weight_bytes"]) + ("\\*" if row["weight_bytes_in_theory"] else ""),
+        number(row["file_bytes"]),
         row["measured_on"],
         f"{row['seconds']:.0f}",
     ]
 
 
-def _points(value: float | None, error: float | None, sign: str = "") -> str:
+def points(value: float | None, error: float | None = None, sign: str = "") -> str:
+    """A share in percent, with its error if it has one."""
     if value is None:
         return "–"
     return f"{100 * value:{sign}.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
-def _bytes(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """With thousands set apart."""
     return "–" if value is None else f"{value:,.0f}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

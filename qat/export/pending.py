@@ -43,6 +43,11 @@ class Pending(abc.ABC):
         """The same operator with a ReLU fused in."""
         if self.activation is not None:
             raise ExportError(f"{self.name!r} has two activations with no quantizer between them")
+        if activation not in _FUSED:
+            raise ExportError(
+                f"{self.name!r} has activation={activation!r}, which no operator fuses; make it a "
+                f"layer of its own, tf_keras.layers.Activation({activation!r})"
+            )
         return dataclasses.replace(self, activation=activation, bound=bound)
 
     def fuses_activation(self) -> bool:

@@ -1,7 +1,11 @@
 """Measures our recipes side by side with other libraries: same float network, data and epochs.
 
-Example:
+Examples:
   qat-benchmark --dataset=fashion_mnist --model=cnn5 --seeds=0,1,2 --output_dir=runs/benchmark
+  qat-benchmark --suite=export --target=litert --output_dir=runs/widths
+
+--suite=export trains every width of weights with every width of activations a little, and checks
+the file of each; it ends with an error if a pair failed.
 
 The output folder keeps each finished run: the same command goes on where it was cut off, and the
 same command in several processes at once shares the runs out among them. Tune with
@@ -15,6 +19,7 @@ import math
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -27,26 +32,36 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Declares the program's flags."""
     from qat.benchmark.plan import ENVIRONMENT, PEERS, SPLITS
+    from qat.export.containers import WEIGHT_STORAGES
+    from qat.export.target import TARGETS
 
     string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    flags.DEFINE_enum("suite", "accuracy", ["accuracy"], "What is measured.")
+    flags.DEFINE_enum("suite", "accuracy", list(_SUITES), "What is measured.")
     string("dataset", "digits", "TFDS name, e.g. fashion_mnist; 'digits' needs no network.")
     string("data_dir", None, "Where TFDS keeps prepared datasets; default: TFDS's own.")
-    string("model", "cnn5", "An architecture of models/.")
-    recipes = ["w8a8", "w4a8", "w4a4", "w2a8", "wta8", "w2a2", "w1a1"]
-    flags.DEFINE_list("recipes", recipes, "Ours; each RECIPE or RECIPE:setting=value;….")
+    what = "An architecture of models/; default: cnn5, for export a small one of all operators."
+    string("model", None, what)
+    what = "Ours; each RECIPE or, for accuracy, RECIPE:setting=value;…. Default: "
+    what += f"{','.join(_RECIPES)}; for export all pairs of widths."
+    flags.DEFINE_list("recipes", None, what)
     flags.DEFINE_list("peers", ["tfmot"], f"Other libraries, of {', '.join(PEERS)}.")
     string("peer_python", None, f"Python that has qkeras and larq. To make one: {ENVIRONMENT}")
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "Each trains a float network of its own.")
-    integer("float_epochs", 5, "Of the float network all others start from.", lower_bound=0)
-    integer("epochs", 3, "More epochs, of every recipe, peer and float.", lower_bound=0)
+    what = "Each trains a float network of its own. Default: 0,1,2; export takes one, 0."
+    flags.DEFINE_list("seeds", None, what)
+    what = "Of the float network all others start from. Default: 5; export 20."
+    integer("float_epochs", None, what, lower_bound=0)
+    what = "More epochs, of every recipe, peer and float. Default: 3; export 1."
+    integer("epochs", None, what, lower_bound=0)
     integer("binary_epochs", 9, "Instead of --epochs for 1-bit networks.", lower_bound=0)
     integer("batch_size", 64, "Examples a step.", lower_bound=1)
     number("learning_rate", 1e-3, "Of float training and 1-bit peers.", lower_bound=0.0)
     number("qat_learning_rate", 3e-4, "Of the peers and of float's --epochs.", lower_bound=0.0)
     flags.DEFINE_enum("split", "test", list(SPLITS), "What accuracy is measured on.")
+    flags.DEFINE_enum("target", "litert", list(TARGETS), "Of export: what will run the files.")
+    storages = list(WEIGHT_STORAGES)
+    flags.DEFINE_enum("weight_storage", "size", storages, "Of export: how kernels are stored.")
     string("output_dir", None, "Folder for everything that is written; made if missing.")
-    string("json", None, "The result as JSON; default: accuracy.json in output_dir.")
+    string("json", None, "The result as JSON; default: in output_dir.")
     flags.mark_flag_as_required("output_dir")
     flags.register_validator("output_dir", bool, "give a folder, e.g. runs/benchmark")
     for name in ("learning_rate", "qat_learning_rate"):
@@ -54,34 +69,83 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Runs what is not done yet, and writes the table, the plot and the JSON."""
+    """Runs what is not done yet, and writes the table and the JSON, and of accuracy the plot."""
     from qat import devices
+
+    for name in _NOT_OF[FLAGS.suite]:
+        if FLAGS[name].present:
+            raise UserError(f"--{name} is no flag of --suite={FLAGS.suite}; leave it out")
+    devices.prepare(deterministic=False, jit_compile=False)
+    _SUITES[FLAGS.suite]()
+
+
+def _accuracy() -> None:
     from qat.benchmark import accuracy
-    from qat.benchmark.plan import Plan, Terms
+    from qat.benchmark.plan import Plan
 
     plan = Plan(
-        terms=Terms(
-            dataset=FLAGS.dataset,
-            model=FLAGS.model,
-            float_epochs=FLAGS.float_epochs,
-            batch_size=FLAGS.batch_size,
-            learning_rate=FLAGS.learning_rate,
-            qat_learning_rate=FLAGS.qat_learning_rate,
-        ),
-        output_dir=pathlib.Path(FLAGS.output_dir),
-        recipes=tuple(FLAGS.recipes),
+        **_common(model="cnn5", float_epochs=5),
+        recipes=tuple(_given("recipes", _RECIPES)),
         peers=tuple(FLAGS.peers),
-        seeds=_seeds(FLAGS.seeds),
-        epochs=FLAGS.epochs,
+        seeds=_seeds(_given("seeds", ["0", "1", "2"])),
+        epochs=_given("epochs", 3),
         binary_epochs=FLAGS.binary_epochs,
         split=FLAGS.split,
-        data_dir=FLAGS.data_dir,
         peer_python=FLAGS.peer_python,
-        json=pathlib.Path(FLAGS.json) if FLAGS.json else None,
-        command=shlex.join(["qat-benchmark", *sys.argv[1:]]),
     )
-    devices.prepare(deterministic=False, jit_compile=False)
     accuracy.run(plan)
+
+
+def _export() -> None:
+    from qat.benchmark import every_operator, export
+
+    seeds = _seeds(_given("seeds", ["0"]))
+    if len(seeds) > 1:
+        raise UserError(f"--seeds={','.join(FLAGS.seeds)}: --suite=export takes one seed")
+    plan = export.ExportPlan(
+        **_common(model=every_operator.NAME, float_epochs=20),
+        recipes=tuple(_given("recipes", export.ALL_PAIRS)),
+        seed=seeds[0],
+        epochs=_given("epochs", 1),
+        target=FLAGS.target,
+        weight_storage=FLAGS.weight_storage,
+    )
+    export.run(plan)
+
+
+def _common(*, model: str, float_epochs: int) -> dict[str, Any]:
+    """What plans share, with a suite's own defaults."""
+    from qat.benchmark.plan import Terms
+
+    terms = Terms(
+        dataset=FLAGS.dataset,
+        model=_given("model", model),
+        float_epochs=_given("float_epochs", float_epochs),
+        batch_size=FLAGS.batch_size,
+        learning_rate=FLAGS.learning_rate,
+        qat_learning_rate=FLAGS.qat_learning_rate,
+    )
+    return {
+        "terms": terms,
+        "output_dir": pathlib.Path(FLAGS.output_dir),
+        "data_dir": FLAGS.data_dir,
+        "json": pathlib.Path(FLAGS.json) if FLAGS.json else None,
+        "command": shlex.join(["qat-benchmark", *sys.argv[1:]]),
+    }
+
+
+def _given(name: str, default: Any) -> Any:
+    value = getattr(FLAGS, name)
+    return default if value is None else value
+
+
+_RECIPES = ("w8a8", "w4a8", "w4a4", "w2a8", "wta8", "w2a2", "w1a1")
+_SUITES = {"accuracy": _accuracy, "export": _export}
+# What a suite would ignore.
+_NOT_OF = {
+    "accuracy": ("target", "weight_storage"),
+    "export": ("peers", "peer_python", "split", "binary_epochs", "qat_learning_rate"),
+}
 
 
 def _seeds(given: list[str]) -> tuple[int, ...]:
