@@ -182,7 +182,7 @@ RECIPES = {
     "w8a16": ("sequence", "image"),
 }
 # One of each kind is quick; the others take a minute.
-QUICK = [("w8a8", group) for group in ("tables", "elu", "sequence", "merges")]
+QUICK = [("w8a8", group) for group in ("tables", "elu")]
 GROUPS = [
     pytest.param(recipe, group, marks=[] if (recipe, group) in QUICK else pytest.mark.slow)
     for recipe, groups in RECIPES.items()
@@ -284,7 +284,7 @@ def rows_of(dtype):
     return small_models.randomize(model)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "float32"])
+@pytest.mark.parametrize("dtype", ["int32", pytest.param("float32", marks=pytest.mark.slow)])
 def test_an_embedding_is_a_table_of_codes(dtype, tmp_path):
     data = [np.random.default_rng(0).integers(0, 20, (16, 7)).astype(dtype)]
     model = small_models.quantized(rows_of(dtype), "w8a8", data)
@@ -311,6 +311,7 @@ def test_a_damaged_table_is_seen(tmp_path):
     assert any("table: 1 codes differ" in line for line in integer_mismatches(model, file))
 
 
+@pytest.mark.slow
 def test_exact_models_know_tables_slopes_and_rows():
     numbers = layers.Input((8,), dtype="int32", name="numbers")
     x = layers.Embedding(20, 4)(numbers)
