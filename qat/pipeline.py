@@ -28,7 +28,7 @@ class Job(QatJob):
     model: str
     float_model: str | None = None
     float_epochs: int | None = None
-    learning_rate: float = train.LEARNING_RATE
+    learning_rate: float = 1e-3  # of the float training
 
 
 def run(job: Job) -> dict[str, Any] | None:

@@ -36,8 +36,6 @@ __all__ = [
     "fit",
 ]
 
-LEARNING_RATE = 1e-3  # of float training
-
 
 class TrainingData(Protocol):
     """What `fit` needs: `qat.data.ImageData` is one."""
@@ -168,6 +166,8 @@ def _train(
 ) -> int:
     strategy, steps = model.distribute_strategy, data.steps_per_epoch
     total = config.epochs * steps
+    if not total:
+        return 0
     _compile(model, config, total)
     scheduled = _scheduled(config, data)
     scheduled += [each for each in callbacks if isinstance(each, qat_callbacks.Scheduled)]
@@ -226,7 +226,7 @@ def _compile(model: tf_keras.Model, config: TrainConfig, total_steps: int) -> No
     if config.mixed_precision == "float16":
         optimizer = tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     model.compile(optimizer, losses, objective.metrics(), jit_compile=config.jit_compile)
-    # Keras traces a step that makes variables twice; tracing is most of a short training.
+    # Keras traces a step that makes variables twice.
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)
         model.compiled_loss.build(model.output)
