@@ -43,8 +43,10 @@ def split(data: tf.data.Dataset, strategy: tf.distribute.Strategy) -> tf.data.Da
     return strategy.distribute_datasets_from_function(of_machine)
 
 
-def by_examples(data: tf.data.Dataset) -> tf.data.Dataset:
+def by_examples(data: tf.data.Dataset | None) -> tf.data.Dataset | None:
     """A finite dataset that Keras will share out to machines example by example, not by files."""
+    if data is None:
+        return None
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return data.with_options(options)

@@ -68,12 +68,14 @@ class QuantizeRun(QatRun):
 
     def prepare(self) -> None:
         job = self.job
-        model = load_model(
-            job.model_path,
-            custom_objects=job.custom_objects,
-            allow_unsafe_deserialization=job.allow_unsafe_deserialization,
-        )
-        _require_finite(model, job.model_path)
+        try:
+            model = load_model(
+                job.model_path,
+                custom_objects=job.custom_objects,
+                allow_unsafe_deserialization=job.allow_unsafe_deserialization,
+            )
+        except ModelError as error:
+            raise UserError(f"--model_path={job.model_path}: {error}") from error
         self.model = job.model_path
         self.input_range = job.input_range
         if job.dataset is not None:
@@ -191,9 +193,3 @@ def _with_fixed_inputs(model: tf_keras.Model, shapes: list[tuple[int, ...]]) -> 
 
 def _one_or_many(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
-
-
-def _require_finite(model: tf_keras.Model, place: str) -> None:
-    for weight in model.weights:
-        if not np.isfinite(weight.numpy()).all():
-            raise ModelError(f"{place} has NaN or infinite values in {weight.name}")

@@ -81,6 +81,7 @@ def few(tmp_path_factory):
     return folder, {result["method"]: result for result in content["pairs"]}
 
 
+@pytest.mark.slow
 def test_a_pair_is_exported(few):
     folder, results = few
     found = results["w5a16"]

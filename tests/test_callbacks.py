@@ -145,6 +145,7 @@ def test_statistics_can_be_measured_when_they_freeze():
     np.testing.assert_array_equal(statistics_of(model), found)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_measured_at_the_end():
     model = compiled(same_model("w4a4"), run_eagerly=True)
     data = Stripes().epoch()
@@ -270,6 +271,7 @@ class Twin:
             self.average[i] = self.m * new + (1 - self.m) * self.average[i]
 
 
+@pytest.mark.slow
 def test_weights_are_frozen_as_in_the_paper():
     momentum, first, last, start, total = 0.2, 0.35, 0.15, 0.25, 40
     model = compiled(same_model("w4a4"), 0.0, run_eagerly=True)
@@ -386,6 +388,7 @@ def test_the_gradient_scale_follows_the_width():
     assert seen.seen[1:] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_training_with_gradual_bits_exports(tmp_path):
     model = compiled(same_model("w2a2"), 0.01)
     fit(model, callbacks.GradualBits(STAGES))

@@ -40,6 +40,15 @@ KINDS = {
     "Transpose": ((4, 5, 3), lambda: layers.Conv2DTranspose(5, 3, name="k"), {"kernel": (0, 1, 3)}),
     "Dense": ((6,), lambda: layers.Dense(5, name="k"), {"kernel": (0,)}),
 }
+# In one dimension; the tests of the exported layers train them.
+MORE_KINDS = {
+    "Transpose1": ((5, 3), lambda: layers.Conv1DTranspose(5, 3, name="k"), {"kernel": (0, 2)}),
+    "Depthwise1": (
+        (7, 3),
+        lambda: layers.DepthwiseConv1D(3, name="k"),
+        {"depthwise_kernel": (0,)},
+    ),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -402,8 +411,9 @@ def test_a_layer_without_kernel_is_named():
 
 
 def test_kernels_of_every_layer_have_channels_where_keras_has_them():
-    assert set(configs.KERNELS) == {type(make()) for _, make, _ in KINDS.values()}
-    for shape, make, shared in KINDS.values():
+    kinds = [*KINDS.values(), *MORE_KINDS.values()]
+    assert set(configs.KERNELS) == {type(make()) for _, make, _ in kinds}
+    for shape, make, shared in kinds:
         layer = make()
         layer.build((None, *shape))
         for name, axes in configs.kernels(layer).items():

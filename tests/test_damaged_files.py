@@ -208,6 +208,7 @@ def test_a_trial_that_cannot_start_is_no_fault_of_the_file(folder, whole, monkey
         Runner(write(folder, whole["w8a8"]))
 
 
+@pytest.mark.slow
 def test_the_program_exits_with_2_and_one_line(folder, whole):
     """In one process: TensorFlow's import takes seconds."""
     contents = {

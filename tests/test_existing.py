@@ -84,6 +84,7 @@ def test_segmentation_on_images_of_the_datas_size(files, tmp_path):
     assert tuple(Runner(tmp_path / "run" / "model.tflite").inputs[0]["shape"]) == (1, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_the_reported_loss_is_that_of_the_held_out_part(files, tmp_path):
     report = run(files, tmp_path, "segmentation.keras", "segmentation.npz", qat_epochs=0)
     with np.load(files / "segmentation.npz") as arrays:
@@ -94,6 +95,7 @@ def test_the_reported_loss_is_that_of_the_held_out_part(files, tmp_path):
     assert report["loss"]["float"] == pytest.approx(-np.log(chosen).mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_inputs_two_outputs_two_losses(files, tmp_path):
     losses = ("mean_squared_error", "sparse_categorical_crossentropy")
     report = run(files, tmp_path, "regression.keras", "regression.npz", loss=losses)
@@ -133,6 +135,7 @@ def test_a_teacher_is_for_classes(files, tmp_path):
         run(files, tmp_path, "segmentation.keras", "segmentation.npz", distill=True)
 
 
+@pytest.mark.slow
 def test_images_of_a_dataset_for_two_classes(files, tmp_path, monkeypatch):
     """A sigmoid's one output, grey images for three channels, another size and range."""
     images = existing.qat_data.load("digits", batch_size=64, image_size=6)

@@ -177,17 +177,6 @@ def test_an_activation_kept_in_float(activation, tmp_path):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_activation_that_no_operator_computes(tmp_path):
-    def build(x):
-        return layers.Dense(3, activation="gelu", name="odd")(layers.Dense(4)(x))
-
-    net = small_models.model_of(build, (5,))
-    recipe = small_models.recipe(8, 8, qat.Rule(layer="odd", keep_float="a test"))
-    with pytest.raises(QatError) as error:
-        qat.export_tflite(small_models.quantized(net, recipe), tmp_path / "m.tflite")
-    assert_one_line(error, "odd_gelu", "'gelu'", "tanh")
-
-
 # Guards: one line, and nothing left behind.
 
 

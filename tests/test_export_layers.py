@@ -306,7 +306,16 @@ GROUP_RECIPES = [(recipe, group) for recipe, groups in RECIPES.items() for group
 CASES = [(recipe, group, case) for recipe, group in GROUP_RECIPES for case in GROUPS[group][1]]
 
 
-@pytest.mark.parametrize(("recipe", "group"), GROUP_RECIPES)
+SLOW_RECIPES = ("w8a16", "w8a3", "w1a1")
+
+
+def marked(cases):
+    """Parameters; the recipes that others resemble run with the slow tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(*case, marks=slow if case[0] in SLOW_RECIPES else ()) for case in cases]
+
+
+@pytest.mark.parametrize(("recipe", "group"), marked(GROUP_RECIPES))
 def test_integers_match_and_nothing_computes_in_float(recipe, group):
     found = exported(recipe, group)
     assert integer_mismatches(found.model, found.file) == []
@@ -315,7 +324,7 @@ def test_integers_match_and_nothing_computes_in_float(recipe, group):
 
 
 @pytest.mark.parametrize("kernels", small_models.KERNELS)
-@pytest.mark.parametrize(("recipe", "group", "case"), CASES)
+@pytest.mark.parametrize(("recipe", "group", "case"), marked(CASES))
 def test_outputs(recipe, group, case, kernels):
     found, index = exported(recipe, group), list(GROUPS[group][1]).index(case)
     expected, actual = found.expected[index], found.actual[kernels][index]

@@ -717,11 +717,13 @@ def fit_and_check(model, **options):
     return [v.numpy() for v in model.weights if v.name.endswith("_unit:0")]
 
 
+@pytest.mark.slow
 def test_every_learned_variable_trains_in_a_compiled_model():
     model = small_models.quantized(small_models.model_of(chain, (6,)), "w3a3-lsqplus")
     fit_and_check(model, jit_compile=True)
 
 
+@pytest.mark.slow
 def test_under_a_distribution_strategy():
     """Not calibrated: a replica starts the steps, and no replica can average in a condition."""
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():

@@ -122,7 +122,7 @@ NETWORKS = {
     squeeze_and_excite: 2,
     shared_and_nested: 3,
 }
-SLOW = (computations, preprocessing, squeeze_and_excite, shared_and_nested)
+SLOW = (moves, computations, preprocessing, squeeze_and_excite, shared_and_nested)
 
 
 @pytest.mark.parametrize(

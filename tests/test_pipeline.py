@@ -109,7 +109,7 @@ def job(tints: str, folder: pathlib.Path, recipe: str = "w8a8", **options) -> Jo
     )
 
 
-@pytest.fixture(scope="module", params=("w8a8", "w1a1"))
+@pytest.fixture(scope="module", params=("w8a8", pytest.param("w1a1", marks=pytest.mark.slow)))
 def run(request, tints, tmp_path_factory) -> tuple[pathlib.Path, dict]:
     """A whole run: its folder and what it returned."""
     folder = tmp_path_factory.mktemp("runs") / "below" / request.param
@@ -367,6 +367,7 @@ def test_flags_override_the_settings(tints, tmp_path, configs):
     assert asked(tints, tmp_path, configs, "w8a8", distill=True).teacher is not None
 
 
+@pytest.mark.slow
 def test_a_job_may_bring_its_own_settings(tints, tmp_path, configs):
     own = TrainSettings(learning_rate=0.25, warmup=0.5, gradual_bits=((8, 0.5),))
     config = asked(tints, tmp_path, configs, "w4a4", settings=own, qat_epochs=2)
@@ -401,6 +402,7 @@ def weights_of(folder: pathlib.Path) -> list[np.ndarray]:
     return qat.load_quantized_model(folder / "qat_model.keras").get_weights()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["w8a8"], indirect=True)
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(run, tints, tmp_path, monkeypatch):
     same = job(tints, tmp_path, seed=3, checkpoint_steps=3)

@@ -375,6 +375,8 @@ def test_train_leaves_a_whole_output_folder(results):
         "recipe.json",
         "report.json",
         "report.md",
+        "differences.png",
+        "bytes.png",
     }
     assert "lenet w4a8 on digits/1.0.0" in result["stdout"]
 

@@ -342,7 +342,7 @@ def test_statistics_are_measured_at_the_end():
 
 def test_the_optimizer_gets_its_settings():
     model = linear_model(0)
-    fit(model, Stripes(), config(0, weight_decay=0.25, quantizer_learning_rate=0.5))
+    fit(model, Stripes(), config(1, weight_decay=0.25, quantizer_learning_rate=0.5))
     assert model.optimizer.weight_decay == 0.25
     assert model.optimizer.quantizer_learning_rate == 0.5
 
