@@ -27,6 +27,7 @@ from qat.errors import QatError, UserError
 from qat.export.tflite import export_tflite
 from qat.files import write_whole
 from qat.loading import load_model
+from qat.machine import machine
 from qat.reestimate import reestimate_batch_norm
 from qat.report import to_json
 from qat.settle import settle_biases
@@ -56,7 +57,7 @@ def run(folder: pathlib.Path, names: Sequence[str], recipe: str, seed: int) -> l
         names: of `constructors()`; nothing = all.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; at the end, architectures that failed.
     """
     known = constructors()
     names = list(names) or list(known)
@@ -64,11 +65,21 @@ def run(folder: pathlib.Path, names: Sequence[str], recipe: str, seed: int) -> l
     if unknown:
         raise UserError(f"unknown architectures: {', '.join(unknown)}; e.g. {', '.join(known)}")
     paths = {name: folder / recipe / f"{name}.json" for name in names}
-    missing = [name for name in names if not paths[name].exists()]
+    missing = [name for name in names if not _is_measured(paths[name])]
     (folder / recipe).mkdir(parents=True, exist_ok=True)
     while missing:
         missing = _measure_in_processes(missing, paths, recipe, seed)
-    return [json.loads(paths[name].read_text()) for name in names]
+    rows = [json.loads(path.read_text()) for path in sorted((folder / recipe).glob("*.json"))]
+    about = f"{recipe}, seed {seed}; {machine()}"
+    write_whole(folder / "architectures.json", to_json({"about": about, "rows": rows}))
+    write_whole(folder / "architectures.md", f"{about}\n\n{table(rows)}".encode())
+    failed = [row["name"] for row in rows if row["error"] or not row["integers_match"]]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)}")
+
+
+def _is_measured(path: pathlib.Path) -> bool:
+    return path.exists() and json.loads(path.read_text())["error"] is None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

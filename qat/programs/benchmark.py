@@ -3,9 +3,12 @@
 Examples:
   qat-benchmark --dataset=fashion_mnist --model=cnn5 --seeds=0,1,2 --output_dir=runs/benchmark
   qat-benchmark --suite=export --target=litert --output_dir=runs/widths
+  qat-benchmark --suite=architectures --output_dir=runs/architectures
 
 --suite=export trains every width of weights with every width of activations a little, and checks
-the file of each; it ends with an error if a pair failed.
+the file of each; it ends with an error if a pair failed. --suite=architectures takes every stock
+network of Keras 2 and Keras 3, untrained, from float model to checked file; --architectures
+chooses some.
 
 The output folder keeps each finished run: the same command goes on where it was cut off, and the
 same command in several processes at once shares the runs out among them. Tune with
@@ -60,6 +63,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("target", "litert", list(TARGETS), "Of export: what will run the files.")
     storages = list(WEIGHT_STORAGES)
     flags.DEFINE_enum("weight_storage", "size", storages, "Of export: how kernels are stored.")
+    names = "Of architectures: e.g. tf_keras.MobileNetV2,keras.ResNet50. Default: all."
+    flags.DEFINE_list("architectures", [], names)
     string("output_dir", None, "Folder for everything that is written; made if missing.")
     string("json", None, "The result as JSON; default: in output_dir.")
     flags.mark_flag_as_required("output_dir")
@@ -113,6 +118,15 @@ def _export() -> None:
     export.run(plan)
 
 
+def _architectures() -> None:
+    from qat.benchmark import architectures
+
+    recipes, seeds = _given("recipes", ["w8a8"]), _seeds(_given("seeds", ["0"]))
+    if len(recipes) > 1 or len(seeds) > 1:
+        raise UserError("--suite=architectures takes one of --recipes and one of --seeds")
+    architectures.run(pathlib.Path(FLAGS.output_dir), FLAGS.architectures, recipes[0], seeds[0])
+
+
 def _common(*, model: str, float_epochs: int) -> dict[str, Any]:
     """What plans share, with a suite's own defaults."""
     from qat.benchmark.plan import Terms
@@ -140,11 +154,15 @@ def _given(name: str, default: Any) -> Any:
 
 
 _RECIPES = ("w8a8", "w4a8", "w4a4", "w2a8", "wta8", "w2a2", "w1a1")
-_SUITES = {"accuracy": _accuracy, "export": _export}
+_SUITES = {"accuracy": _accuracy, "export": _export, "architectures": _architectures}
 # What a suite would ignore.
 _NOT_OF = {
-    "accuracy": ("target", "weight_storage"),
-    "export": ("peers", "peer_python", "split", "binary_epochs", "qat_learning_rate"),
+    "accuracy": ("target", "weight_storage", "architectures"),
+    "export": ("peers", "peer_python", "split", "binary_epochs", "qat_learning_rate")
+    + ("architectures",),
+    "architectures": ("dataset", "data_dir", "model", "peers", "peer_python", "float_epochs")
+    + ("epochs", "binary_epochs", "batch_size", "learning_rate", "qat_learning_rate", "split")
+    + ("target", "weight_storage", "json"),
 }
 
 
