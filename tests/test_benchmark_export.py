@@ -183,8 +183,9 @@ def test_the_row_of_a_pair():
         file_reference=[0.0, 0],
     )
     result = {"method": "wta8", "error": "", "seconds": 12.3, **dataclasses.asdict(outcome)}
-    row = export_table.markdown([result], about=[]).splitlines()[6]
-    assert row == (
+    lines = export_table.markdown([result], about=[]).splitlines()
+    assert lines[4:7] == ["| weights \\ activations | a8 |", "| --- | --- |", "| wt | 99.90 |"]
+    assert lines[10] == (
         "| `wta8` | exported | 3 | 5 int2, 2 int8 | int8 | 12,345 | 50.00 / 25.00 | 99.90 | "
         "1.00 (2) | 2.00 (3) | 0.00 (0) | 12 |"
     )

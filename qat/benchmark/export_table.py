@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from qat.benchmark.table import number, points, table_row
 
+_PAIR = re.compile(r"w([1-8t])a(\d+)")
 _COLUMNS = (
     "pair",
     "result",
@@ -48,9 +50,24 @@ def markdown(pairs: Sequence[dict[str, Any]], *, about: Sequence[str]) -> str:
         counts[verdict(result).partition(":")[0]] += 1
     summary = ", ".join(f"{count} {word}" for word, count in counts.items())
     lines = ["# Export", "", *(f"- {text}" for text in [*about, summary]), ""]
-    lines += [table_row(_COLUMNS), table_row(["---"] * len(_COLUMNS))]
+    lines += [*overview(pairs), "", table_row(_COLUMNS), table_row(["---"] * len(_COLUMNS))]
     lines += [table_row(_cells(result)) for result in pairs]
     return "\n".join([*lines, "", _LEGEND]) + "\n"
+
+
+def overview(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """Weights by activations: of the images, the percent that file and Keras model class alike."""
+    cells: dict[str, dict[str, str]] = {}
+    for result in pairs:
+        found = _PAIR.fullmatch(result["method"])
+        if found:
+            told = verdict(result).partition(":")[0]
+            cell = points(result["agreement"]) if told == "exported" else told
+            cells.setdefault(found[1], {})[found[2]] = cell
+    columns = sorted({a for row in cells.values() for a in row}, key=int)
+    header = ["weights \\ activations", *(f"a{a}" for a in columns)]
+    rows = [[f"w{w}", *(row.get(a, "") for a in columns)] for w, row in cells.items()]
+    return [table_row(cells) for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
