@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,7 @@ class QuantizeRun(QatRun):
         nothing_to_learn = isinstance(self.data, ArrayData) and not self.data.y
         return 0 if nothing_to_learn and not self.job.qat_epochs else super().qat_epochs()
 
-    def more(self, path: str) -> dict[str, Any]:
+    def more(self, path: pathlib.Path) -> dict[str, Any]:
         """Where accuracy says nothing, the loss of float model, quantized model and file."""
         if self.objective is None or not self.test_has_targets:
             return {}

@@ -89,8 +89,9 @@ class QatRun:
         self.resumed_at_step = 0
         self.prepare()
         # Before hours of float training, not after them.
-        self.qat_model = self.finished_qat_model() or self.quantized()
-        self.qat_is_trained = self.finished_qat_model() is not None
+        finished = self.finished_qat_model()
+        self.qat_is_trained = finished is not None
+        self.qat_model = finished if self.qat_is_trained else self.quantized()
 
     def prepare(self) -> None:
         """Sets `model`, `data`, `input_range` and `float_model`."""

@@ -64,12 +64,13 @@ def run(folder: pathlib.Path, names: Sequence[str], recipe: str, seed: int) -> l
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise UserError(f"unknown architectures: {', '.join(unknown)}; e.g. {', '.join(known)}")
-    paths = {name: folder / recipe / f"{name}.json" for name in names}
+    runs = folder / f"{recipe}-seed{seed}"
+    paths = {name: runs / f"{name}.json" for name in names}
     missing = [name for name in names if not _is_measured(paths[name])]
-    (folder / recipe).mkdir(parents=True, exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
     while missing:
         missing = _measure_in_processes(missing, paths, recipe, seed)
-    rows = [json.loads(path.read_text()) for path in sorted((folder / recipe).glob("*.json"))]
+    rows = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
     about = f"{recipe}, seed {seed}; {machine()}"
     write_whole(folder / "architectures.json", to_json({"about": about, "rows": rows}))
     write_whole(folder / "architectures.md", f"{about}\n\n{table(rows)}".encode())
@@ -114,13 +115,15 @@ def _measure_in_processes(
     )
     with pool:
         for index, name in enumerate(names):
+            died = False
             try:
                 row = pool.submit(measure, name, recipe, seed).result()
             except BrokenProcessPool:
+                died = True
                 row = {"name": name, "error": "its process was killed, by memory perhaps"}
             write_whole(paths[name], to_json(row))
             print(table([row]).splitlines()[-1], flush=True)
-            if row["error"] and "killed" in row["error"]:
+            if died:
                 return names[index + 1 :]
     return []
 
