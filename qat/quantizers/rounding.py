@@ -8,6 +8,7 @@ With v = x / scale and y = (code - zero_point)·scale the fake-quantized x, g th
     dsq    g·½·a·k·(1 - tanh²(k·(v - floor(v) - ½))),          α, 0.4          1908.05033
            a = 1/(1 - α), k = ln(2/α - 1)
 
+Behind a ReLU (`qat.quantizers.behind_relu`) dx is the gradient at the ReLU's input, of both.
 A learned scale gets Σ κ·g·d over the elements that share it (LSQ, arXiv 1902.08153, equation 3):
 d = round(v) - v inside, `code - fixed_code` outside: the scale stretches the grid around the code
 that keeps its real value. A learned offset gets Σ κ·g over the elements outside (LSQ+, 2004.09576).
@@ -18,13 +19,19 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import tensorflow as tf
 
 from qat import ste
 from qat.grid import Grid
+from qat.quantizers.base import straight_through
+from qat.quantizers.behind_relu import Relu, relu_in_front
 
 # The rules, each with the default of its strength.
 RULES: dict[str, float | None] = {"ste": None, "ewgs": 1e-3, "dsq": 0.4}
+
+# By this share of the range, its ends count as inside: float32 computes places to 2^-22 or better.
+_EDGE = 2.0**-20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,47 +112,97 @@ def fake_quantize(
     Source: tensorflow/core/kernels/fake_quant_ops_functor.h (the FakeQuant kernels).
     """
     backward = backward or Backward()
-    offset = 0.0 if learned is None or learned.offset is None else learned.offset
-    # Tensors: in eager mode the function below gets its arguments as they are.
-    grid_tensors = [tf.convert_to_tensor(x, tf.float32) for x in (grid.scale, grid.zero_point)]
+    # Tensors: neither Python numbers nor variables below, in eager mode either.
+    scale, zero_point = (tf.convert_to_tensor(t, tf.float32) for t in (grid.scale, grid.zero_point))
+    grid = dataclasses.replace(grid, scale=scale, zero_point=zero_point)
+    relu = relu_in_front(x) if clipped else None
+    if relu is not None and learned is not None:
+        # Where the ReLU saturates it has no gradient, but scale and offset have one.
+        saturates = learned.keeps_lowest or relu.limit < math.inf
+        relu = None if saturates else relu
+    if relu is not None:  # its gradient is left to the quantizer's
+        x = straight_through(relu.inputs, x)
+    round_on = _on_given_grid if learned is None else _on_learned_grid(learned)
+    return tf.cast(round_on(in_float32(x), grid, backward, clipped, relu), x.dtype)
 
+
+def _on_given_grid(x32, grid: Grid, backward: Backward, clipped: bool, relu: Relu | None):
     @tf.custom_gradient
-    def forward(x32, scale, zero_point, offset):
-        lowest = (float(grid.qmin) - zero_point) * scale
-        highest = (float(grid.qmax) - zero_point) * scale
+    def forward(x32):
+        # The gradient keeps this and not x, whose memory becomes that of the values.
+        mask = [_inside(x32, grid, relu)] if clipped else []
+        with tf.control_dependencies(mask):
+            values = grid.nearest(x32, negatives=relu is None)
 
-        def gradients(upstream):
-            v = x32 / scale
-            slope = backward(upstream, v, grid.qmax - grid.qmin)
-            inside = None
-            if clipped:
-                inside = tf.logical_and(x32 >= lowest, x32 <= highest)
-                slope = tf.where(inside, slope, tf.zeros_like(slope))
-            if learned is None:
-                return slope, None, None, None
-            pulls = _pulls(upstream * learned.gradient_scale, v, inside, zero_point, grid, learned)
-            return (slope, _summed(pulls[0], scale), None, _summed(pulls[1], offset))
+        def gradient(upstream):
+            dx = backward(upstream, x32 / grid.scale, grid.qmax - grid.qmin)
+            with tf.control_dependencies([upstream]):  # or every layer would be cast beforehand
+                return dx * tf.cast(mask[0], tf.float32) if clipped else dx
 
-        return grid.dequantize(grid.quantize(x32)), gradients
+        return values, gradient
 
-    offset = tf.convert_to_tensor(offset, tf.float32)
-    return tf.cast(forward(in_float32(x), *grid_tensors, offset), x.dtype)
+    return forward(x32)
+
+
+def _on_learned_grid(learned: LearnedGrid):
+    offset = tf.convert_to_tensor(0.0 if learned.offset is None else learned.offset, tf.float32)
+
+    def round_on(x32, grid: Grid, backward: Backward, clipped: bool, relu: Relu | None):
+        @tf.custom_gradient
+        def forward(x32, scale, offset):
+            values = grid.nearest(x32, negatives=relu is None)
+
+            def gradients(upstream):
+                with tf.control_dependencies([upstream]):  # while x is needed, it would be copied
+                    inside = _Selection(x32, grid, relu) if clipped else tf.identity
+                fixed = grid.lowest if learned.keeps_lowest else 0.0
+                moved = values - fixed - inside((x32 if learned.inside else values) - fixed)
+                kappa = learned.gradient_scale
+                d_scale = kappa / scale * _summed(upstream * moved, scale)
+                d_offset = kappa * _summed(upstream - inside(upstream), offset)
+                # Before the layers below, or x stays in memory until the last of them is done.
+                with tf.control_dependencies([d_scale]):
+                    dx = backward(upstream, x32 / scale, grid.qmax - grid.qmin)
+                    return inside(dx), d_scale, d_offset
+
+            return values, gradients
+
+        return forward(x32, grid.scale, offset)
+
+    return round_on
+
+
+def _inside(x: tf.Tensor, grid: Grid, relu: Relu | None) -> tf.Tensor:
+    """Where x passes its gradient on, bool."""
+    if relu is None:
+        return tf.logical_and(x >= grid.lowest, x <= grid.highest)
+    # Behind a ReLU no x lies below 0, and at its ends the ReLU has no gradient.
+    highest = tf.minimum(grid.highest, np.nextafter(np.float32(relu.limit), np.float32(0.0)))
+    return tf.logical_and(x > 0.0, x <= highest)
+
+
+class _Selection:
+    """`selection(values)`: the values where x lies inside, else 0, float32, as `_inside`.
+
+    The gradient of min(max(x, 0), 6) selects in one pass, in memory that it may reuse; comparisons
+    and selections take several, in new memory. The range is put between 0 and 6, its ends just
+    inside.
+    """
+
+    def __init__(self, x: tf.Tensor, grid: Grid, relu: Relu | None):
+        if relu is None:
+            stretch = 6.0 * (1.0 - 2.0 * _EDGE) / (grid.highest - grid.lowest)
+            self._place = x * stretch + (6.0 * _EDGE - grid.lowest * stretch)
+        else:
+            self._place = x * (6.0 * (1.0 - _EDGE) / grid.highest)
+
+    def __call__(self, values: tf.Tensor) -> tf.Tensor:
+        return tf.raw_ops.Relu6Grad(gradients=values, features=self._place)
 
 
 def in_float32(x: tf.Tensor | tf.Variable) -> tf.Tensor:
     """x as float32; a variable under mixed precision is read before Keras rounds it to 16 bits."""
     return tf.cast(getattr(x, "_variable", x), tf.float32)
-
-
-def _pulls(upstream, v, inside, zero_point, grid: Grid, learned: LearnedGrid):
-    """What each element adds to the gradients of scale and offset."""
-    rounding = tf.round(v) - v if learned.inside else tf.zeros_like(v)
-    if inside is None:
-        return upstream * rounding, tf.zeros_like(v)
-    codes = tf.clip_by_value(tf.round(v) + zero_point, float(grid.qmin), float(grid.qmax))
-    fixed = float(grid.qmin) if learned.keeps_lowest else zero_point
-    outside = tf.where(inside, tf.zeros_like(v), upstream)
-    return tf.where(inside, upstream * rounding, outside * (codes - fixed)), outside
 
 
 def _summed(pull: tf.Tensor, like: tf.Tensor) -> tf.Tensor:

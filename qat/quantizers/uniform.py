@@ -17,6 +17,7 @@ from qat.quantizers.base import (
     range_variable,
     required,
 )
+from qat.quantizers.behind_relu import relu_in_front
 from qat.quantizers.rounding import Backward, fake_quantize, in_float32
 
 LEGAL_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -158,13 +159,18 @@ class MovingAverageQuantizer(UniformQuantizer):
     def quantized(self, inputs, training, weights):
         if not training:
             return super().quantized(inputs, training, weights)
-        minimum, maximum = over_replicas(*ranges.tensor_range(inputs, self.channel_axes))
+        minimum, maximum = over_replicas(*self._batch_range(inputs))
         batch = {"minimum": minimum, "maximum": maximum, "observed": tf.constant(1.0)}
         for key, value in batch.items():
             weights[key].assign(
                 ranges.moving_average(weights[key], tf.stop_gradient(value), self.decay)
             )
         return self._on(self.grid(weights), inputs)
+
+    def _batch_range(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        if self.channel_axes is None and relu_in_front(inputs) is not None:
+            return tf.constant(0.0), tf.reduce_max(in_float32(inputs))  # the grid holds 0 anyway
+        return ranges.tensor_range(inputs, self.channel_axes)
 
     def get_config(self):
         return {**super().get_config(), "decay": self.decay}
