@@ -89,9 +89,7 @@ SURROGATES: dict[str, Elementwise] = {
     "tanh": _tanh,
     "relaxed": _relaxed,
 }
-
 ROUND_SURROGATES: dict[str, Elementwise] = {"identity": _identity, "dsq": _dsq}
-
 # Every option lies above 1e-30 and below this; beyond 1e±30, slopes would leave float32.
 _OPTION_LIMIT = {"alpha": 0.5, "beta": 1e30, "steepness": 1e30, "temperature": 1e30}
 
@@ -130,9 +128,7 @@ def sign_ste(
     """
     x = _floating(x, "sign_ste")
     options = {"beta": beta, "steepness": steepness, "temperature": temperature}
-    # +1 for 0 and NaN for NaN in three plain passes; selections take many.
-    hard = lambda x: tf.sign(tf.sign(x) + 0.5)  # noqa: E731
-    return _straight_through(x, hard, _slope(SURROGATES, surrogate, options))
+    return _straight_through(x, _sign, _slope(SURROGATES, surrogate, options))
 
 
 def step_ste(
@@ -215,12 +211,17 @@ def _straight_through(x: tf.Tensor, hard: Elementwise, slope: Elementwise) -> tf
     @tf.custom_gradient
     def estimator(x):
         def backward(upstream):
-            wide = tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32)
-            return tf.cast(tf.cast(upstream, wide.dtype) * slope(wide), x.dtype)
+            with tf.control_dependencies([upstream]):  # not before: then slope takes x's memory
+                wide = tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32)
+                return tf.cast(tf.cast(upstream, wide.dtype) * slope(wide), x.dtype)
 
         return hard(x), backward
 
     return estimator(x)
+
+
+def _sign(x: tf.Tensor) -> tf.Tensor:
+    return tf.sign(tf.sign(x) + 0.5)  # three passes, selections take more; NaN for NaN
 
 
 def _step(x: tf.Tensor, *, threshold: float) -> tf.Tensor:

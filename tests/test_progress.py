@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     """A training whose every step is written: its model, the events, the flips."""
     folder, flips = tmp_path_factory.mktemp("run"), Flips()
     model = quantized_model(recipe=everywhere("w2a2"))
-    summaries = QuantizationSummaries(folder, Stripes().validation, STEPS)
+    summaries = QuantizationSummaries(folder, Stripes().validation, STEPS, least_steps=1)
     fit(model, Stripes(), TrainConfig(epochs=1, learning_rate=0.05), callbacks=[summaries, flips])
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     events.Reload()

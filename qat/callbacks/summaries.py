@@ -17,7 +17,7 @@ from qat.quantizers import GridQuantizer
 
 
 class QuantizationSummaries(tf_keras.callbacks.Callback):
-    """Writes, a few times an epoch, for every quantized kernel and activation:
+    """Writes, twice an epoch or less often, for every quantized kernel and activation:
 
     - `lowest`, `highest`: the range that its grid covers; `step`: the grid's (mean over channels);
     - `levels_used`: the share of the grid's levels that some value takes; `clipped`: the share of
@@ -30,7 +30,8 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
     Args:
         log_dir: TensorBoard's; None = nothing is written, on machines that help a chief, whose
             variables they have to read together. data: batches of x or (x, y); the first is taken.
-        times: an epoch. steps_per_epoch: None = what Keras says.
+        times: an epoch. least_steps: from one writing to the next, in short epochs.
+        steps_per_epoch: None = what Keras says.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
         data: tf.data.Dataset,
         times: int = 2,
         *,
+        least_steps: int = 100,
         steps_per_epoch: int | None = None,
     ):
         super().__init__()
@@ -48,12 +50,14 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
         self.log_dir = log_dir
         self.data = data
         self.times = times
+        self.least_steps = least_steps
         self.steps_per_epoch = steps_per_epoch
         self._writer = None
 
     def on_train_begin(self, logs=None):
         steps = self.steps_per_epoch or self.params.get("steps") or 1
-        self._every = max(1, steps // self.times)
+        self._every = max(1, self.least_steps, steps // self.times)
+        self._step = int(self.model.optimizer.iterations.numpy())
         self._kernels = grid_kernels(self.model)
         self._sites = [la for la in self.model.submodules if isinstance(la, FakeQuantize)]
         self._before: dict[str, np.ndarray] | None = None
@@ -66,14 +70,15 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
             self._observed = tf.function(self._run)
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._writer is not None and batch % self._every == 0:
+        if self._writer is not None and self._step % self._every == 0:
             self._before = self._codes()
+        self._step += 1
 
     def on_train_batch_end(self, batch, logs=None):
         if self._before is None:
             return
         before, after, self._before = self._before, self._codes(), None
-        with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
+        with self._writer.as_default(step=self._step):
             for name, kernel in self._kernels.items():
                 grid = kernel.quantizer.grid(kernel.variables, tf.convert_to_tensor(kernel.weight))
                 _write(name, kernel.quantizer, grid, kernel.weight.numpy(), after[name])

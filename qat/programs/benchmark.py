@@ -4,11 +4,13 @@ Examples:
   qat-benchmark --dataset=fashion_mnist --model=cnn5 --seeds=0,1,2 --output_dir=runs/benchmark
   qat-benchmark --suite=export --target=litert --output_dir=runs/widths
   qat-benchmark --suite=architectures --output_dir=runs/architectures
+  qat-benchmark --suite=step_time --output_dir=runs/step_time
 
 --suite=export trains every width of weights with every width of activations a little, and checks
 the file of each; it ends with an error if a pair failed. --suite=architectures takes every stock
 network of Keras 2 and Keras 3, untrained, from float model to checked file; --architectures
-chooses some.
+chooses some. --suite=step_time takes steps of float, ours and TFMOT in turns, and their memory;
+--model may name several, e.g. resnet20,cnn5.
 
 The output folder keeps each finished run: the same command goes on where it was cut off, and the
 same command in several processes at once shares the runs out among them. Tune with
@@ -65,6 +67,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("weight_storage", "size", storages, "Of export: how kernels are stored.")
     names = "Of architectures: e.g. tf_keras.MobileNetV2,keras.ResNet50. Default: all."
     flags.DEFINE_list("architectures", [], names)
+    sizes = "Of step_time: examples a step, each measured."
+    flags.DEFINE_list("batch_sizes", ["128"], sizes)
+    flags.DEFINE_list("modes", ["graph"], "Of step_time: graph, xla, bfloat16.")
+    integer("rounds", 15, "Of step_time: steps of each network.", lower_bound=1)
     string("output_dir", None, "Folder for everything that is written; made if missing.")
     string("json", None, "The result as JSON; default: in output_dir.")
     flags.mark_flag_as_required("output_dir")
@@ -127,6 +133,31 @@ def _architectures() -> None:
     architectures.run(pathlib.Path(FLAGS.output_dir), FLAGS.architectures, recipes[0], seeds[0])
 
 
+def _step_time() -> None:
+    from qat.benchmark import step_time
+
+    sizes = FLAGS.batch_sizes
+    if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"--batch_sizes={','.join(sizes)}: give whole numbers, e.g. 32,128")
+    step_time.run(
+        step_time.StepTimePlan(
+            models=_given("model", "resnet20,mobilenet_v2,cnn5").split(","),
+            recipes=_given("recipes", ["w8a8", "w4a4-lsq", "w2a2-lsq", "w1a1"]),
+            batch_sizes=[int(size) for size in sizes],
+            modes=FLAGS.modes,
+            rounds=FLAGS.rounds,
+            peers=FLAGS.peers,
+            output_dir=pathlib.Path(FLAGS.output_dir),
+            json=pathlib.Path(FLAGS.json) if FLAGS.json else None,
+            command=_command(),
+        )
+    )
+
+
+def _command() -> str:
+    return shlex.join(["qat-benchmark", *sys.argv[1:]])
+
+
 def _common(*, model: str, float_epochs: int) -> dict[str, Any]:
     """What plans share, with a suite's own defaults."""
     from qat.benchmark.plan import Terms
@@ -144,7 +175,7 @@ def _common(*, model: str, float_epochs: int) -> dict[str, Any]:
         "output_dir": pathlib.Path(FLAGS.output_dir),
         "data_dir": FLAGS.data_dir,
         "json": pathlib.Path(FLAGS.json) if FLAGS.json else None,
-        "command": shlex.join(["qat-benchmark", *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -154,15 +185,23 @@ def _given(name: str, default: Any) -> Any:
 
 
 _RECIPES = ("w8a8", "w4a8", "w4a4", "w2a8", "wta8", "w2a2", "w1a1")
-_SUITES = {"accuracy": _accuracy, "export": _export, "architectures": _architectures}
+_SUITES = {
+    "accuracy": _accuracy,
+    "export": _export,
+    "architectures": _architectures,
+    "step_time": _step_time,
+}
 # What a suite would ignore.
+_OF_STEP_TIME = ("batch_sizes", "modes", "rounds")
+_OF_TRAINING = ("dataset", "data_dir", "peer_python", "float_epochs", "epochs", "binary_epochs")
+_OF_TRAINING += ("batch_size", "learning_rate", "qat_learning_rate", "split")
 _NOT_OF = {
-    "accuracy": ("target", "weight_storage", "architectures"),
+    "accuracy": ("target", "weight_storage", "architectures", *_OF_STEP_TIME),
     "export": ("peers", "peer_python", "split", "binary_epochs", "qat_learning_rate")
-    + ("architectures",),
-    "architectures": ("dataset", "data_dir", "model", "peers", "peer_python", "float_epochs")
-    + ("epochs", "binary_epochs", "batch_size", "learning_rate", "qat_learning_rate", "split")
-    + ("target", "weight_storage", "json"),
+    + ("architectures", *_OF_STEP_TIME),
+    "architectures": ("model", "peers", "target", "weight_storage", "json")
+    + (*_OF_TRAINING, *_OF_STEP_TIME),
+    "step_time": ("target", "weight_storage", "architectures", "seeds", *_OF_TRAINING),
 }
 
 
