@@ -326,6 +326,7 @@ def test_tfmot_gets_the_same_network_without_what_it_rejects():
     assert model.get_layer("dense1").activation is tf_keras.activations.linear
 
 
+@pytest.mark.slow
 def test_tfmot_quantizes_every_kernel_at_the_width_asked_for():
     bare, *_ = tfmot.without_rescaling(models.build("lenet", (8, 8, 1), 10))
     for recipe, bits in (("w8a8", 8), ("w2a8", 2)):

@@ -313,6 +313,7 @@ def test_weights_are_frozen_as_in_the_paper():
     assert freezing.frozen_share == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_frozen_weights_keep_their_integers_while_the_rest_learns():
     model = compiled(same_model("w2a2"), 0.3)
     weight, quantizer, variables = kernel_of(model, "conv")

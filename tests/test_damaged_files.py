@@ -135,6 +135,7 @@ def check_mutants(attempt, content, model, count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["w1a1"])
+@pytest.mark.slow
 def test_some_mutants(attempt, whole, models, recipe):
     check_mutants(attempt, whole[recipe], models[recipe], FAST, seed=1)
 

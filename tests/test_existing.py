@@ -75,6 +75,7 @@ def run(files, tmp_path, model: str, data: str, **fields):
     return report
 
 
+@pytest.mark.slow
 def test_segmentation_on_images_of_the_datas_size(files, tmp_path):
     report = run(files, tmp_path, "segmentation.keras", "segmentation.npz")
     assert report["num_eval_examples"] == 8
@@ -102,6 +103,7 @@ def test_two_inputs_two_outputs_two_losses(files, tmp_path):
     assert report["loss"]["tflite"] == pytest.approx(report["loss"]["qat"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_without_targets_it_is_calibrated_alone(files, tmp_path):
     report = run(files, tmp_path, "regression.keras", "inputs.npz", qat_epochs=None)
     assert "loss" not in report and report["output_snr_db"] > 30

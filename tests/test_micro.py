@@ -104,6 +104,7 @@ def test_all_codes_are_the_reference_kernels(tmp_path, build, shape, recipe):
 
 @needs_micro
 @pytest.mark.parametrize("io", ["int8", pytest.param("uint8", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_eight_bit_boundaries(tmp_path, io):
     model, path = exported(tmp_path, mixed, IMAGE, "w4a8", io=io)
     data = [np.random.default_rng(0).integers(0, 256, (8, *IMAGE)).astype(np.uint8)]
@@ -114,6 +115,7 @@ def test_eight_bit_boundaries(tmp_path, io):
 
 @needs_micro
 @pytest.mark.parametrize("recipe", [pytest.param("w8a16", marks=pytest.mark.slow), "w4a16"])
+@pytest.mark.slow
 def test_sixteen_bits(tmp_path, recipe):
     """Beside int16 tflite-micro unpacks no kernel."""
     model, path = exported(tmp_path, mixed, IMAGE, small_models.everywhere(recipe))
@@ -135,6 +137,7 @@ def test_a_layer_kept_in_float(tmp_path):
 
 
 @needs_micro
+@pytest.mark.slow
 def test_the_arena_of_one_file_is_sought_once(tmp_path, monkeypatch):
     model, path = exported(tmp_path, dense, (8,), "w8a8")
     monkeypatch.setattr(micro._Trial, "arena", None)

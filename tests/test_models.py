@@ -95,6 +95,7 @@ def test_resnet_has_the_size_that_the_paper_implies(name, depth):
     assert len(convolutions) + 1 == depth + 2
 
 
+@pytest.mark.slow
 def test_spatial_sizes_follow_the_stride_policy():
     def first_and_last(name, shape):
         sizes = [

@@ -360,6 +360,7 @@ def test_a_recipe_is_trained_with_its_settings(tints, tmp_path, configs):
     assert configs["float"].teacher is None and configs["float"].learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_flags_override_the_settings(tints, tmp_path, configs):
     options = {"qat_learning_rate": 0.125, "qat_epochs": 7, "distill": False}
     config = asked(tints, tmp_path, configs, "w2a2", **options)
@@ -421,6 +422,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(run, tints, tmp_path,
     assert (tmp_path / "model.tflite").read_bytes() == (run[0] / "model.tflite").read_bytes()
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_file(
     calibrated, tints, monkeypatch
 ):

@@ -45,6 +45,7 @@ def test_the_plot_is_a_picture():
     assert step_time_png(ROWS, "on this machine").startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_networks_take_turns():
     rows = step_time.measure(LENET, ["float", "w4a4-lsq", "tfmot", "w9a9"], rounds=2)
     by_name = {row["network"]: row for row in rows}

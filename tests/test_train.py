@@ -318,6 +318,7 @@ def bits_of(model):
     return [quantizer.num_bits for quantizer in found]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_cut_off_leaves_no_changed_model():
     model = same_model("w2a2")
     before, seen = bits_of(model), Watcher(lambda: bits_of(model))

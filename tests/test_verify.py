@@ -240,6 +240,7 @@ def test_evaluate_on_digits(paths, digits, digits_dir):
     assert 0 < found["seconds_per_invocation"] < 1
 
 
+@pytest.mark.slow
 def test_evaluate_maps_pixels_to_the_input_range(tmp_path, digits, digits_dir):
     """A file whose inputs are -1 … 1 sees pixel / 255 · 2 - 1."""
     images, labels = digits
