@@ -94,7 +94,7 @@ def test_wrong_names(tmp_path, wrong, named):
 
 @pytest.mark.slow
 def test_a_quantized_step_takes_little_more_memory_than_a_float_one():
-    """By the gradient's masks, an eighth of the activations, and by the larger graph."""
+    """At most 15 % in all, which is the project's own limit."""
     setting = step_time.Setting(model="resnet20", batch_size=128)
     peak = {
         network: step_time._in_fresh_process(step_time.peak_memory, setting, network)

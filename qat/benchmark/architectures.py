@@ -50,8 +50,8 @@ def constructors() -> dict[str, Callable[..., Any]]:
     }
 
 
-def run(folder: pathlib.Path, names: Sequence[str], recipe: str, seed: int) -> list[dict[str, Any]]:
-    """Measures what the folder does not hold yet; returns the rows of all names, in order.
+def run(folder: pathlib.Path, names: Sequence[str], recipe: str, seed: int) -> None:
+    """Measures what the folder does not hold yet; writes the table of all that it holds.
 
     Args:
         names: of `constructors()`; nothing = all.

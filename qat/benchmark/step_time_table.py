@@ -14,8 +14,7 @@ _KEYS = ("model", "batch_size", "mode")
 
 def ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
     """Of each round, the network's step over the float step beside it; None where one failed."""
-    beside = [r for r in rows if all(r[key] == row[key] for key in _KEYS)]
-    base = next(r for r in beside if r["network"] == "float")
+    base = _float_beside(row, rows)
     if not row["step_seconds"] or not base["step_seconds"]:
         return None
     return np.divide(row["step_seconds"], base["step_seconds"])
@@ -43,9 +42,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _memory(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def _float_beside(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     beside = [r for r in rows if all(r[key] == row[key] for key in _KEYS)]
-    base = next(r for r in beside if r["network"] == "float")
+    return next(r for r in beside if r["network"] == "float")
+
+
+def _memory(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    base = _float_beside(row, rows)
     if row["peak_bytes"] is None or base["peak_bytes"] is None:
         return "-"
     return f"{row['peak_bytes'] / base['peak_bytes']:.2f}"
