@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ LENET = step_time.Setting(model="lenet", batch_size=4)
 def row(network, seconds, **changes):
     made = {"network": network, "model": "lenet", "batch_size": 4, "mode": "graph", "side": 32}
     made |= {"error": None, "step_seconds": seconds, "peak_bytes": 100}
+    made |= {"cpu_seconds": [2 * value for value in sorted(seconds)]}
     made |= {"build_seconds": 1.0, "trace_seconds": 2.0, "export_seconds": None}
     return made | changes
 
@@ -31,12 +34,14 @@ ROWS = [
 def test_a_ratio_is_that_of_a_round():
     np.testing.assert_allclose(ratios(ROWS[1], ROWS), [1.1, 1.2, 1.3])
     np.testing.assert_allclose(ratios(ROWS[4], ROWS), 1.5)
+    np.testing.assert_allclose(ratios(ROWS[1], ROWS, "cpu_seconds"), [1.1, 1.3, 1.2])
     assert ratios(ROWS[2], ROWS) is None
 
 
 def test_the_table_has_time_memory_and_failures():
     lines = table(ROWS).splitlines()
-    assert "w8a8 | 1300 | 1.200 (1.15-1.25) | 1.20 | 1.0, 2.0, 0.5 |" in lines[3]
+    assert "w8a8 | 1300 | 1.200 (1.15-1.25) | 1.200 | 1.20 | 1.0, 2.0, 0.5 |" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
     assert "TFMOT rejects it" in lines[4] and "| - |" in lines[6]
 
 
@@ -52,7 +57,8 @@ def test_networks_take_turns():
     assert "w9a9" in by_name["w9a9"]["error"] and not by_name["w9a9"]["step_seconds"]
     for name in ("float", "w4a4-lsq", "tfmot"):
         assert by_name[name]["error"] is None
-        assert len(by_name[name]["step_seconds"]) == 2 and min(by_name[name]["step_seconds"]) > 0
+        for seconds in ("step_seconds", "cpu_seconds"):
+            assert len(by_name[name][seconds]) == 2 and min(by_name[name][seconds]) > 0
     assert by_name["w4a4-lsq"]["export_seconds"] > 0
     assert by_name["float"]["export_seconds"] is None
     assert step_time._rotated(["a", "b", "c"], 4) == ["b", "c", "a"]
@@ -90,6 +96,15 @@ def test_wrong_names(tmp_path, wrong, named):
     with pytest.raises(UserError, match=named):
         step_time.run(plan(tmp_path / "new", **wrong))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_process_that_is_killed_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="lenet with batches of 4 was killed.*--batch_sizes"):
+        step_time._in_fresh_process(_die, LENET)
+
+
+def _die(setting):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow

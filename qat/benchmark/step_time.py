@@ -2,7 +2,9 @@
 
 All networks of one setting live in one process and take turns, a step each, in an order that
 rotates: what else the machine does falls on all alike. A ratio is that of a round, to the float
-step of the same round. Peak memory needs a process for each network. Inputs are random numbers.
+step of the same round. Time on the clock is what a user waits; the processor time of all threads
+beside it depends less on who else uses the machine (of a GPU's work it sees nothing). Peak memory
+needs a process for each network. Inputs are random numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -106,18 +109,7 @@ def run(plan: StepTimePlan) -> dict[str, Any]:
                 row["peak_bytes"] = _in_fresh_process(peak_memory, setting, row["network"])
         rows += measured
         print(table(measured), flush=True)
-    result = {
-        "about": f"{machine()}; {plan.rounds} rounds; random inputs; {plan.command}",
-        "versions": versions(),
-        "rows": rows,
-    }
-    folder = plan.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(plan.json or folder / "step_time.json", to_json(result))
-    write_whole(folder / "step_time.md", f"{result['about']}\n\n{table(rows)}".encode())
-    picture = step_time_png(rows, result["about"])
-    if picture is not None:
-        write_whole(folder / "step_time.png", picture)
+        result = _write(plan, rows)
     failed = [f"{r['network']} of {r['model']}: {r['error']}" for r in rows if r["error"]]
     ours = [text for text in failed if not text.startswith(PEER)]
     if ours:
@@ -125,13 +117,33 @@ def run(plan: StepTimePlan) -> dict[str, Any]:
     return result
 
 
-def _in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+def _write(plan: StepTimePlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Files of what is measured so far."""
+    about = f"{machine()}; {plan.rounds} rounds; random inputs; {plan.command}"
+    result = {"about": about, "versions": versions(), "rows": rows}
+    folder = plan.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(plan.json or folder / "step_time.json", to_json(result))
+    write_whole(folder / "step_time.md", f"{about}\n\n{table(rows)}".encode())
+    picture = step_time_png(rows, about)
+    if picture is not None:
+        write_whole(folder / "step_time.png", picture)
+    return result
+
+
+def _in_fresh_process(function: Callable[..., Any], setting: Setting, *args: Any) -> Any:
     with concurrent.futures.ProcessPoolExecutor(**_FRESH) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, setting, *args).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"the process that measured {setting.model} with batches of {setting.batch_size} "
+                "was killed, by memory perhaps; give smaller --batch_sizes"
+            ) from None
 
 
 def measure(setting: Setting, networks: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each network: seconds of each round's step, of building and of exporting."""
+    """A row for each network: seconds of each round's step (clock, processor), building, export."""
     rows = {name: _row(setting, name) for name in networks}
     steps: dict[str, Callable[[], None]] = {}
     for name, row in rows.items():
@@ -144,8 +156,9 @@ def measure(setting: Setting, networks: Sequence[str], rounds: int) -> list[dict
             row["error"] = " ".join(str(error).split())[:300]
     for turn in range(rounds):
         for name in _rotated(list(steps), turn):
-            started = time.perf_counter()
+            started, computing = time.perf_counter(), time.process_time()
             steps[name]()
+            rows[name]["cpu_seconds"].append(round(time.process_time() - computing, 5))
             rows[name]["step_seconds"].append(round(time.perf_counter() - started, 5))
     return list(rows.values())
 
@@ -160,7 +173,8 @@ def peak_memory(setting: Setting, network: str) -> int:
 
 def _row(setting: Setting, network: str) -> dict[str, Any]:
     row = {"network": network, **dataclasses.asdict(setting), "error": None}
-    return row | {"step_seconds": [], "export_seconds": None, "peak_bytes": None}
+    row |= {"step_seconds": [], "cpu_seconds": []}
+    return row | {"export_seconds": None, "peak_bytes": None}
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:

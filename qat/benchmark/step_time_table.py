@@ -7,38 +7,46 @@ from typing import Any
 
 import numpy as np
 
+from qat.benchmark.table import table_row
 from qat.figures import png
 
 _KEYS = ("model", "batch_size", "mode")
 
 
-def ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
+def ratios(
+    row: dict[str, Any], rows: Sequence[dict[str, Any]], seconds: str = "step_seconds"
+) -> np.ndarray | None:
     """Of each round, the network's step over the float step beside it; None where one failed."""
     base = _float_beside(row, rows)
-    if not row["step_seconds"] or not base["step_seconds"]:
+    if not row[seconds] or not base[seconds]:
         return None
-    return np.divide(row["step_seconds"], base["step_seconds"])
+    return np.divide(row[seconds], base[seconds])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a row for each network."""
     lines = [
-        "| model | batch | mode | network | step, ms | × float (quartiles) | peak memory × float "
-        "| seconds: build, trace, export |",
-        "|---|---|---|---|---|---|---|---|",
+        table_row(
+            ["model", "batch", "mode", "network", "step, ms", "× float (quartiles)"]
+            + ["CPU time × float", "peak memory × float", "seconds: build, trace, export"]
+        ),
+        table_row(["---"] * 9),
     ]
     for row in rows:
-        named = f"| {row['model']} | {row['batch_size']} | {row['mode']} | {row['network']} |"
+        named = [row["model"], str(row["batch_size"]), row["mode"], row["network"]]
         found = ratios(row, rows)
         if found is None:
-            lines.append(f"{named} | | | {row['error']} |")
+            lines.append(table_row([*named, "", "", "", "", row["error"] or "no float step"]))
             continue
         low, middle, high = np.percentile(found, [25, 50, 75])
-        lines.append(
-            f"{named} {1e3 * np.median(row['step_seconds']):.0f} "
-            f"| {middle:.3f} ({low:.2f}-{high:.2f}) | {_memory(row, rows)} "
-            f"| {row['build_seconds']}, {row['trace_seconds']}, {row['export_seconds'] or '-'} |"
-        )
+        measured = [
+            f"{1e3 * np.median(row['step_seconds']):.0f}",
+            f"{middle:.3f} ({low:.2f}-{high:.2f})",
+            f"{np.median(ratios(row, rows, 'cpu_seconds')):.3f}",
+            _memory(row, rows),
+            f"{row['build_seconds']}, {row['trace_seconds']}, {row['export_seconds'] or '-'}",
+        ]
+        lines.append(table_row([*named, *measured]))
     return "\n".join(lines) + "\n"
 
 
