@@ -17,6 +17,7 @@ that keeps its real value. A learned offset gets Σ κ·g over the elements outs
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -29,9 +30,6 @@ from qat.quantizers.behind_relu import Relu, relu_in_front
 
 # The rules, each with the default of its strength.
 RULES: dict[str, float | None] = {"ste": None, "ewgs": 1e-3, "dsq": 0.4}
-
-# By this share of the range, its ends count as inside: float32 computes places to 2^-22 or better.
-_EDGE = 2.0**-20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,8 +134,7 @@ def _on_given_grid(x32, grid: Grid, backward: Backward, clipped: bool, relu: Rel
 
         def gradient(upstream):
             dx = backward(upstream, x32 / grid.scale, grid.qmax - grid.qmin)
-            with tf.control_dependencies([upstream]):  # or every layer would be cast beforehand
-                return dx * tf.cast(mask[0], tf.float32) if clipped else dx
+            return _selected(mask[0], dx) if clipped else dx
 
         return values, gradient
 
@@ -153,8 +150,9 @@ def _on_learned_grid(learned: LearnedGrid):
             values = grid.nearest(x32, negatives=relu is None)
 
             def gradients(upstream):
-                with tf.control_dependencies([upstream]):  # while x is needed, it would be copied
-                    inside = _Selection(x32, grid, relu) if clipped else tf.identity
+                with tf.control_dependencies([upstream]):  # or all masks were made beforehand
+                    mask = _inside(x32, grid, relu) if clipped else None
+                inside = functools.partial(_selected, mask) if clipped else tf.identity
                 fixed = grid.lowest if learned.keeps_lowest else 0.0
                 moved = values - fixed - inside((x32 if learned.inside else values) - fixed)
                 kappa = learned.gradient_scale
@@ -181,23 +179,12 @@ def _inside(x: tf.Tensor, grid: Grid, relu: Relu | None) -> tf.Tensor:
     return tf.logical_and(x > 0.0, x <= highest)
 
 
-class _Selection:
-    """`selection(values)`: the values where x lies inside, else 0, float32, as `_inside`.
+def _selected(mask: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """The values where the mask is true, else 0: one pass, in memory that it may reuse.
 
-    The gradient of min(max(x, 0), 6) selects in one pass, in memory that it may reuse; comparisons
-    and selections take several, in new memory. The range is put between 0 and 6, its ends just
-    inside.
+    `tf.where` allows for shapes that differ, and takes new memory.
     """
-
-    def __init__(self, x: tf.Tensor, grid: Grid, relu: Relu | None):
-        if relu is None:
-            stretch = 6.0 * (1.0 - 2.0 * _EDGE) / (grid.highest - grid.lowest)
-            self._place = x * stretch + (6.0 * _EDGE - grid.lowest * stretch)
-        else:
-            self._place = x * (6.0 * (1.0 - _EDGE) / grid.highest)
-
-    def __call__(self, values: tf.Tensor) -> tf.Tensor:
-        return tf.raw_ops.Relu6Grad(gradients=values, features=self._place)
+    return tf.raw_ops.Select(condition=mask, x=values, y=tf.zeros_like(values))
 
 
 def in_float32(x: tf.Tensor | tf.Variable) -> tf.Tensor:
