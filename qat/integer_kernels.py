@@ -11,7 +11,7 @@ import tf_keras
 from qat.canonical import Call
 from qat.grid import Grid
 from qat.operator_layers import Affine, ChannelScale
-from qat.tflite_file import FileOperator, FileTensor
+from qat.tflite_file import FileModel, FileOperator, FileTensor
 
 layers = tf_keras.layers
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
@@ -64,6 +64,41 @@ def scale_or_bias_mismatch(
     if (~raised & (np.abs(codes.data - expected) > allowed)).any():
         return f"the bias {codes.name} differs"
     return None
+
+
+def moved_by(
+    operator: FileOperator, grid: Grid | None, file: FileModel
+) -> tuple[float, str | None]:
+    """(by how much an operator's output lies above the model's, what is wrong with that or None).
+
+    Its codes may be counted from the lowest one, if an ADD of a constant alone reads them, and
+    brings them back onto the grid.
+    """
+    output = operator.outputs[0]
+    if grid is None or not len(output.scale) or output.zero_point[0] == grid.zero_point:
+        return 0.0, None
+    moved = float(grid.scale) * float(grid.zero_point - output.zero_point[0])
+    readers = [op for op in file.operators if any(t.name == output.name for t in op.inputs)]
+    constants = [t for op in readers for t in op.inputs if t.data is not None]
+    if [op.name for op in readers] != ["ADD"] or len(constants) != 1:
+        return moved, f"{output.name} has zero point {output.zero_point[0]}"
+    (added,), back = constants, readers[0].outputs[0]
+    same = added.scale[0] == back.scale[0] == output.scale[0] == grid.scale
+    steps = added.data.reshape(-1).astype(int) - added.zero_point[0]
+    if not same or (steps * float(grid.scale) != -moved).any():
+        return moved, f"{added.name} does not bring {output.name} back onto the grid"
+    return moved, None
+
+
+def rounds_early(
+    kernel: FileTensor, operator: FileOperator, grid: Grid | None, rectified: bool
+) -> bool:
+    """Whether an operator rounds twice and none of its outputs that count is negative."""
+    output = operator.outputs[0]
+    packed = kernel.dtype in ("int2", "int4") and operator.name != "FULLY_CONNECTED"
+    if not packed or grid is None or output.dtype != "int8":
+        return False
+    return rectified or bool(output.zero_point[0] == grid.qmin)
 
 
 def channels_last(layer: layers.Layer, kernel: np.ndarray) -> np.ndarray:

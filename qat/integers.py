@@ -19,12 +19,15 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import larq_file
 from qat.canonical import Call, calls, consumers, functional
+from qat.grid import Grid
 from qat.integer_kernels import (
     as_read,
     channels_last,
     channels_last_of_file,
     folded_factors,
+    moved_by,
     per_channel,
+    rounds_early,
     scale_or_bias_mismatch,
     values_of_codes,
 )
@@ -163,9 +166,12 @@ class _Comparison:
         bias = self.bias(layer, multiplier, offset)
         if kernel.dtype == larq_file.BIT:
             return larq_file.convolution_mismatch(op, step, bias)
-        packed = kernel.dtype in ("int2", "int4") and op.name != "FULLY_CONNECTED"
-        early = packed and self.is_positive(call)
-        return scale_or_bias_mismatch(kernel, op, step, bias, early=early)
+        grid, rectified = self.output(call)
+        moved, reason = moved_by(op, grid, self.file)
+        if reason is not None:
+            return reason
+        early = rounds_early(kernel, op, grid, rectified)
+        return scale_or_bias_mismatch(kernel, op, step, bias + moved, early=early)
 
     def sign_mismatches(self, call: Call) -> list[str]:
         """Every code of the input must get the sign that its real value gets in the model."""
@@ -269,16 +275,17 @@ class _Comparison:
         own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
         return own * multiplier + offset
 
-    def is_positive(self, call: Call) -> bool:
-        """Whether the grid of the operator's output has no negative numbers."""
+    def output(self, call: Call) -> tuple[Grid | None, bool]:
+        """(grid of the operator's output, whether a ReLU is fused in); None = not on a grid."""
+        rectified = False
         while not isinstance(call.layer, FakeQuantize):
+            rectified |= isinstance(call.layer, layers.ReLU | layers.Activation)
             readers = self.readers[id(call.output)]
             if len(readers) != 1 or readers[0] is None:
-                return False
+                return None, rectified
             (call,) = readers
         with tf.device("/CPU:0"):
-            grid = call.layer.quantizer.grid(call.layer.quantizer_weights)
-        return bool(grid.zero_point == grid.qmin)
+            return call.layer.quantizer.grid(call.layer.quantizer_weights).numpy(), rectified
 
     def gain(self, tensor) -> float:
         """Product of the Rescalings between a tensor and the grid it lies on."""

@@ -21,7 +21,7 @@ from qat.grid import Grid
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.operator_layers import Affine, ChannelScale
 from qat.quantizers import BinaryActivationQuantizer, GridQuantizer
-from qat.ties import away_from_ties, early
+from qat.ties import away_from_ties, early, from_lowest
 
 layers = tf_keras.layers
 # What may stand between a kernel and the quantizer of its operator's output.
@@ -49,8 +49,8 @@ def settle_biases(
     normalization leaves. Left to the export, that rounding is the largest difference between model
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
     the batch norm's beta (else the layer's own bias) changes by at most S / 2. Convolutions with
-    packed kernels reach the codes behind a ReLU up to S early: the model's bias is that much above
-    the file's (`qat.ties.early`). In a file of another storage or target biases are up to S off.
+    packed kernels reach the codes up to S early: the model's bias is that much above the file's
+    (`qat.ties.early`). In a file of another storage or target biases are up to S off.
     Biases of 1-bit kernels that read signs move up to 63 S farther, less than 1/8 of an output
     step, to where all of LiteRT's kernels round all sums alike (`qat.ties.away_from_ties`). Call it
     when training is over; a second call changes nothing.
@@ -77,9 +77,7 @@ def settle_biases(
             alone = len(following) == 1 and following[0] is not None
             if source is not None:
                 reader = following[0].layer if alone else None
-                target = _target(call, readers)
-                output = None if target is None else _grid(target)
-                _settle(call, reader, source, gain, output, storage)
+                _settle(call, reader, source, gain, _output(call, readers), storage)
     return model
 
 
@@ -98,14 +96,24 @@ def _source(tensor: Any, producer: dict[int, Call]) -> tuple[FakeQuantize | None
     return None, gain
 
 
-def _target(call: Call, readers: dict[int, list[Call | None]]) -> FakeQuantize | None:
-    """The quantizer of the operator that the call is a part of; None in float."""
-    following = readers[id(call.output)]
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """The grid of an operator's output, and whether a ReLU is fused in."""
+
+    grid: Grid
+    rectified: bool
+
+
+def _output(call: Call, readers: dict[int, list[Call | None]]) -> _Output | None:
+    """Of the operator that the call is a part of; None in float."""
+    following, rectified = readers[id(call.output)], False
     while len(following) == 1 and following[0] is not None:
-        if isinstance(following[0].layer, FakeQuantize):
-            return following[0].layer
-        if not isinstance(following[0].layer, _FUSED):
+        layer = following[0].layer
+        if isinstance(layer, FakeQuantize):
+            return _Output(_grid(layer), rectified)
+        if not isinstance(layer, _FUSED):
             return None
+        rectified |= isinstance(layer, layers.Activation | layers.ReLU)
         following = readers[id(following[0].output)]
     return None
 
@@ -130,7 +138,7 @@ def _settle(
     reader: layers.Layer | None,
     source: FakeQuantize,
     gain: float,
-    output: Grid | None,
+    output: _Output | None,
     storage: _Storage,
 ) -> None:
     layer = call.layer.layer
@@ -149,10 +157,13 @@ def _settle(
     container = _container(layer, quantizer, codes * signs, output, storage)
     step = np.broadcast_to(scale, shape).reshape(-1) * np.abs(multiplier)
     step = step * float(_grid(source).scale) * gain / container.finer
-    twice = output is not None and container.rounds_twice(operator)
-    ahead = early(step, output) if twice else np.zeros_like(step)
+    written, ahead = None if output is None else output.grid, np.zeros_like(step)
+    if output is not None and container.rounds_twice(operator):
+        written = output.grid if output.rectified else from_lowest(step, output.grid)
+        ahead = early(step, written, rectified=output.rectified)
+        rest = rest + float((output.grid.zero_point - written.zero_point) * written.scale)
     sums = _sums(layer, codes, source, container.finer)
-    _round(variable, factor, rest, step, ahead, sums, output)
+    _round(variable, factor, rest, step, ahead, sums, written)
 
 
 def _settled(layer: layers.Layer, reader: layers.Layer | None) -> tuple | None:
@@ -177,7 +188,7 @@ def _container(
     layer: layers.Layer,
     quantizer: GridQuantizer,
     codes: np.ndarray,
-    output: Grid | None,
+    output: _Output | None,
     storage: _Storage,
 ) -> Container:
     """What holds the kernel in the file; without an output grid its operator computes in float."""
@@ -188,7 +199,7 @@ def _container(
         bits=quantizer.container_bits,
         unit=quantizer.code_unit,
         operator=storage.operator(layer),
-        output=output,
+        output=output.grid,
         storage=storage.weight_storage,
         target=storage.target,
     )

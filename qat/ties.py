@@ -1,4 +1,4 @@
-"""Biases for kernels that round twice.
+"""Biases and grids for kernels that round twice.
 
 LiteRT's fixed-point kernels, which also run all INT4 convolutions, scale a sum to `y = sum · M` in
 steps of the output's grid and round it twice: to a multiple of q, M < q <= 2 · M, then to a whole
@@ -6,12 +6,16 @@ number, both halves away from zero. A y less than q / 2 under a half lands on th
 rounded up then. Training rounds once.
 
 Behind a ReLU every y that counts is positive, and this is one rounding at thresholds q / 2 lower:
-`early` says by how many accumulator steps, for the bias to make up for. A convolution of ±1 by ±α
-has few sums, `unit · k` with whole k, but the same ones in every image: `away_from_ties` moves its
-bias to where no sum comes near a half.
+`early` says by how many accumulator steps, for the bias to make up for. Elsewhere the kernel's
+output is counted from the grid's lowest code (`from_lowest`), so that it is positive, too, and an
+ADD of a constant behind the kernel brings it back. A convolution of ±1 by ±α has few sums,
+`unit · k` with whole k, but the same ones in every image: `away_from_ties` moves its bias to where
+no sum comes near a half.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
@@ -22,9 +26,29 @@ from qat.grid import Grid
 _MOST_BIASES, _FARTHEST = 64, 1 / 8
 # What float32 loses in training's sums and in XNNPACK's kernels, in steps of the output's grid.
 _FLOAT_ERROR = 2.0**-12
+# Steps of the accumulator, in steps of the output's grid, below which the second rounding is left
+# as it is: it moves less than this share of the codes, by one.
+_NEGLIGIBLE = 2.0**-11
 
 
-def early(step: np.ndarray, grid: Grid) -> np.ndarray:
+def from_lowest(step: np.ndarray, grid: Grid) -> Grid:
+    """The grid that a kernel that rounds twice, with no ReLU fused in, writes its output on.
+
+    Of the same scale, with the lowest code as its zero point; or the output's own grid, if that
+    is of 16 bits (whose kernels round once), or of 8 and the steps are negligible.
+
+    Args:
+        step: of the accumulator, one per channel, float64.
+        grid: of the output, NumPy.
+    """
+    free = grid.qmin > -128  # the ADD takes the place of the MAXIMUM that clamps
+    coarse = np.max(step) > _NEGLIGIBLE * float(grid.scale)
+    if grid.qmin < -128 or not (free or coarse):
+        return grid
+    return dataclasses.replace(grid, zero_point=np.float32(grid.qmin))
+
+
+def early(step: np.ndarray, grid: Grid, *, rectified: bool = False) -> np.ndarray:
     """By how many accumulator steps a kernel that rounds twice reaches every code early.
 
     `q / (2 · M)`, M = step / grid's scale, q = 2^e of `M = m · 2^e`, 1/2 <= m < 1: within (1/2, 1].
@@ -34,8 +58,9 @@ def early(step: np.ndarray, grid: Grid) -> np.ndarray:
     Args:
         step: of the accumulator, one per channel, float64.
         grid: of the 8-bit output, NumPy.
+        rectified: a ReLU is fused in, so that negative numbers do not count.
     """
-    if grid.zero_point != grid.qmin:
+    if grid.qmin < -128 or not (rectified or grid.zero_point == grid.qmin):
         return np.zeros_like(step)
     fraction, exponent = np.frexp(step / float(grid.scale))
     return np.where((exponent < 0) & (fraction > 0), 0.5 / np.maximum(fraction, 0.5), 0.0)

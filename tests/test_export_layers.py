@@ -264,6 +264,7 @@ PLAIN_DRIFT = {
     # the point: 2^-9 of codes up to 128, a quarter of a step at most.
     **dict.fromkeys(("concatenate", "concatenate_rows", "concatenate_convs"), (1, 0.12)),
 }
+MOVES = ("DEQUANTIZE", "RESHAPE", "MAXIMUM", "MAX_POOL_2D", "GREATER_EQUAL")
 KERNEL_OPERATORS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED")
 
 
@@ -282,7 +283,8 @@ def drift_of(file: FileModel, tensor: FileTensor) -> tuple[float, float]:
     if operator.name == "SELECT_V2":
         _, share = drift_of(file, operator.inputs[0])
         return (2.0 if share else 0.0), share
-    if operator.name in ("DEQUANTIZE", "RESHAPE", "MAXIMUM", "MAX_POOL_2D", "GREATER_EQUAL"):
+    moved = operator.name == "ADD" and operator.inputs[0].name.endswith("/from_lowest")
+    if moved or operator.name in MOVES:
         return drift_of(file, operator.inputs[0])
     assert operator.name in KERNEL_OPERATORS, f"no tolerance is known for {operator.name}"
     kernel = next(tensor for tensor in operator.inputs if len(tensor.scale) > 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qat.grid import Grid
-from qat.ties import away_from_ties, early
+from qat.ties import away_from_ties, early, from_lowest
 from qat.verify.arithmetic import multiply, quantize_multiplier
 
 GRID = Grid(scale=np.float32(0.05), zero_point=np.float32(-9), qmin=-128, qmax=127)
@@ -83,7 +83,39 @@ def test_early_makes_up_for_the_second_rounding(coarse):
 
 
 def test_early_leaves_grids_with_negative_numbers_alone():
-    np.testing.assert_array_equal(early(np.asarray([1e-4, 0.01]), GRID), 0)
+    steps = np.asarray([1e-4, 0.01])
+    np.testing.assert_array_equal(early(steps, GRID), 0)
+    assert (early(steps, GRID, rectified=True) > 0.5).all()  # a ReLU cuts them off
+
+
+@pytest.mark.parametrize("coarse", [0.9, 0.3, 0.03, 3e-3])
+def test_counted_from_the_lowest_code_every_code_is_reached_as_in_training(coarse):
+    """Drawn multipliers make no ties."""
+    rng = np.random.default_rng(2)
+    multiplier = coarse * rng.uniform(0.5, 1, CHANNELS)
+    written = from_lowest(multiplier * 0.05, GRID)
+    assert written.zero_point == written.qmin and written.scale == GRID.scale
+    moved = float(GRID.zero_point - written.zero_point)
+    sums = rng.integers(-int(140 / multiplier.min()), int(140 / multiplier.min()), (4000, CHANNELS))
+    ahead = early(multiplier * 0.05, written)
+    # The file's bias is a whole number; the model's is `ahead` above it, and `moved` codes below.
+    bias = np.rint(moved / multiplier)
+    model = (sums + bias + ahead) * multiplier - moved
+    once = np.clip(np.rint(model) + GRID.zero_point, -128, 127)
+    file = multiply(sums + bias.astype(int), *quantize_multiplier(multiplier))
+    file = np.clip(file + written.zero_point, -128, 127)
+    np.testing.assert_array_equal(file, once)
+    assert len(np.unique(once)) == 256
+    unmoved = multiply(sums, *quantize_multiplier(multiplier)) + GRID.zero_point
+    assert (np.clip(unmoved, -128, 127) != np.clip(np.rint(sums * multiplier) - 9, -128, 127)).any()
+
+
+def test_what_is_not_counted_from_the_lowest_code():
+    wide = Grid(scale=np.float32(0.05), zero_point=np.float32(0), qmin=-32767, qmax=32767)
+    narrow = Grid(scale=np.float32(0.05), zero_point=np.float32(120), qmin=112, qmax=127)
+    fine = 0.05 * np.asarray([1e-4, 4e-4])
+    assert from_lowest(np.asarray([0.01]), wide) is wide and from_lowest(fine, GRID) is GRID
+    assert from_lowest(fine, narrow).zero_point == 112  # in the place of a MAXIMUM
 
 
 def test_early_is_zero_where_the_kernel_rounds_once():

@@ -121,6 +121,17 @@ class Builder:
             self.operator("QUANTIZE", version, [value.tensor], output, schema.QuantizeOptionsT())
         return self.clamped(Stored(output, grid), name, relu=_never_negative(value.grid))
 
+    def from_lowest(self, value: Stored, grid: Grid, name: str) -> Stored:
+        """What a kernel wrote counted from the lowest code (`qat.ties.from_lowest`), as it is.
+
+        An ADD of `-(zero_point - qmin) · scale`, which moves no code off the grid.
+        """
+        zero = dataclasses.replace(grid, zero_point=np.float32(127))
+        offset = self.scalar(f"{name}/offset", zero, 127 + grid.qmin - grid.zero_point)
+        output = self.activation(name, value.shape, grid)
+        self.operator("ADD", 2, [value.tensor, offset], output, schema.AddOptionsT())
+        return Stored(output, grid)
+
     def to_float(self, value: Stored, name: str) -> Stored:
         """The value in float32, dequantized once however often it is read."""
         if value.grid is None:

@@ -72,20 +72,10 @@ def kernel_container(
         types = reads if dense or not target.unpacks else _BITS
     stored = _narrowest(least, types, row=codes.shape[-1] if dense else 4)
     divisor = unit if bits > _BITS[stored] else 1
-    direct = stored == "int8" or stored in reads
-    if direct and (dense or stored == "int8" or not target.unpacks or not _signed(output)):
+    if stored == "int8" or stored in reads:
         return Container(stored, stored, divisor=divisor)
     most = max(1, int(np.abs(codes).max()) // divisor)
     return Container(stored, "int8", divisor=divisor, factor=127 // most)
-
-
-def _signed(output: Grid) -> bool:
-    """Whether the second rounding of a kernel can be told from training's single one.
-
-    Behind a ReLU the bias makes up for it. Elsewhere it moves fewer codes the finer the kernel's
-    own are; the int16 kernels round once.
-    """
-    return activation_dtype(output) == "int8" and output.zero_point != output.qmin
 
 
 def _narrowest(bits: int, types: Iterable[str], row: int = 4) -> str:

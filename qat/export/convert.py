@@ -28,11 +28,12 @@ from qat.export.freeze import (
     is_sign,
 )
 from qat.export.graph import ExportError, Graph, Tensor, activation_dtype
+from qat.export.linear import Linear
 from qat.export.lower_float import lower_float
 from qat.export.lower_linear import AFFINE, affine_of, lower_affine, lower_linear
 from qat.export.lower_reactnet import lower_shift, sign_thresholds
 from qat.export.lowerings import LOWERINGS, TAKES_PENDING
-from qat.export.pending import Linear, Pending
+from qat.export.pending import Pending
 from qat.export.target import LCE, LITERT, Target
 from qat.grid import Grid
 from qat.layers import FakeQuantize

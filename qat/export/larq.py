@@ -22,7 +22,7 @@ from flatbuffers import flexbuffers
 
 from qat.export.builder import Builder, Stored
 from qat.export.graph import Graph, Operator, Tensor, activation_dtype
-from qat.export.pending import Linear
+from qat.export.linear import Linear
 from qat.export.target import Target
 from qat.grid import Grid
 

@@ -12,7 +12,7 @@ from qat import configs
 from qat.export.builder import Builder, Stored
 from qat.export.freeze import FrozenKernel
 from qat.export.graph import ExportError
-from qat.export.pending import Linear
+from qat.export.linear import Linear
 from qat.operator_layers import Affine, ChannelScale
 
 layers = tf_keras.layers

@@ -12,8 +12,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored
 from qat.export.graph import Tensor
+from qat.export.linear import Linear
 from qat.export.lower_linear import lower_affine
-from qat.export.pending import Elementwise, Linear
+from qat.export.pending import Elementwise
 from qat.operator_layers import Pad, ReduceMax, ReduceMean, Slice
 
 layers = tf_keras.layers

@@ -7,8 +7,9 @@ import tensorflow as tf
 
 from qat.export.builder import Builder, Stored
 from qat.export.graph import ExportError
+from qat.export.linear import Linear
 from qat.export.lower_linear import lower_affine, variable
-from qat.export.pending import Elementwise, Linear
+from qat.export.pending import Elementwise
 from qat.layers import FakeQuantize, QuantizedPReLU
 from qat.reactnet import LearnedShift, LearnedSlope
 
