@@ -747,3 +747,17 @@ def test_illegal_surrogates_fail_when_made(kind, options, message):
 def test_the_public_names_are_quantizers():
     for name in quantizers.__all__:
         assert getattr(quantizers, name).__module__.startswith("qat.quantizers")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_range_that_stands_costs_no_reduction(training):
+    """The graph has passes for minimum and maximum only where the range follows the batches; else
+    they lie in a branch that runs before anything was observed."""
+    quantizer = MovingAverageQuantizer()
+    weights = build(quantizer, [None])
+    traced = tf.function(lambda x: quantizer(x, training, weights)).get_concrete_function(
+        tf.TensorSpec([64], tf.float32)
+    )
+    kinds = {operator.type for operator in traced.graph.get_operations()}
+    assert ({"Min", "Max"} <= kinds) == training and bool({"Min", "Max"} & kinds) == training
+    assert ({"If", "StatelessIf"} & kinds != set()) != training

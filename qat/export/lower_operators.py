@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
 from qat.export.builder import Builder, Stored
-from qat.export.graph import Tensor
 from qat.export.linear import Linear
 from qat.export.lower_linear import lower_affine
+from qat.export.lower_move import moved
+from qat.export.lower_shape import reducer_options
 from qat.export.pending import Elementwise
 from qat.operator_layers import Pad, ReduceMax, ReduceMean, Slice
 
 layers = tf_keras.layers
 Shape = tuple[int, ...]
-
-
-def moved(
-    builder: Builder,
-    layer: layers.Layer,
-    x: Stored,
-    shape: Shape,
-    operator: str,
-    constants: dict[str, np.ndarray],
-    options: Any,
-    version: int = 2,
-) -> Stored:
-    """An operator that moves codes: its output lies on its input's grid.
-
-    Args:
-        constants: by name, the int32 tensors that it reads after x.
-        version: of its 8-bit form; float32 is 1.
-    """
-    read: list[Tensor] = [
-        builder.constant(f"{layer.name}/{name}", np.asarray(data, np.int32), "int32")
-        for name, data in constants.items()
-    ]
-    output = builder.activation(layer.name, shape, x.grid)
-    builder.operator(operator, 1 if x.grid is None else version, [x.tensor, *read], output, options)
-    return dataclasses.replace(x, tensor=output)
 
 
 def _slice(builder: Builder, layer: Slice, inputs: list[Stored], shape: Shape) -> Stored:
@@ -57,23 +31,29 @@ def _slice(builder: Builder, layer: Slice, inputs: list[Stored], shape: Shape) -
     begin, end = ([part[i] or 0 for part in slices] for i in (0, 1))
     strides = [part[2] or 1 for part in slices]
     constants = {"begin": begin, "end": end, "strides": strides}
-    return moved(builder, layer, inputs[0], shape, "STRIDED_SLICE", constants, options)
+    return moved(
+        builder, inputs[0], layer.name, shape, "STRIDED_SLICE", options=options, constants=constants
+    )
 
 
 def _pad(builder: Builder, layer: Pad, inputs: list[Stored], shape: Shape) -> Stored:
     constants = {"padding": [[0, 0], *layer.paddings]}
-    return moved(builder, layer, inputs[0], shape, "PAD", constants, schema.PadOptionsT())
-
-
-def _reducer_options(layer: ReduceMax | ReduceMean) -> schema.ReducerOptionsT:
-    options = schema.ReducerOptionsT()
-    options.keepDims = layer.keepdims
-    return options
+    return moved(
+        builder,
+        inputs[0],
+        layer.name,
+        shape,
+        "PAD",
+        options=schema.PadOptionsT(),
+        constants=constants,
+    )
 
 
 def _reduce_max(builder: Builder, layer: ReduceMax, inputs: list[Stored], shape: Shape) -> Stored:
-    constants, options = {"axes": layer.axes}, _reducer_options(layer)
-    return moved(builder, layer, inputs[0], shape, "REDUCE_MAX", constants, options)
+    constants, options = {"axes": layer.axes}, reducer_options(layer)
+    return moved(
+        builder, inputs[0], layer.name, shape, "REDUCE_MAX", options=options, constants=constants
+    )
 
 
 def _reduce_mean(builder: Builder, layer: ReduceMean, inputs: list[Stored], shape: Shape):
@@ -84,7 +64,7 @@ def _reduce_mean(builder: Builder, layer: ReduceMean, inputs: list[Stored], shap
         inputs=tuple(inputs),
         extra=(axes,),
         operator="MEAN",
-        options=lambda fused: _reducer_options(layer),
+        options=lambda fused: reducer_options(layer),
     )
 
 

@@ -84,7 +84,8 @@ def _reduction_axes(builder: Builder, layer, rank: int):
     return builder.constant(f"{layer.name}/axes", axes, "int32")
 
 
-def _reducer_options(layer):
+def reducer_options(layer: layers.Layer) -> schema.ReducerOptionsT:
+    """Of a layer with `keepdims`."""
     options = schema.ReducerOptionsT()
     options.keepDims = bool(layer.keepdims)
     return options
@@ -97,7 +98,7 @@ def _global_average(builder, layer, inputs, shape):
         inputs=tuple(inputs),
         extra=(_reduction_axes(builder, layer, len(inputs[0].shape)),),
         operator="MEAN",
-        options=lambda fused: _reducer_options(layer),
+        options=lambda fused: reducer_options(layer),
     )
 
 
@@ -106,7 +107,7 @@ def _global_max(builder, layer, inputs, shape):
     axes = _reduction_axes(builder, layer, len(x.shape))
     output = builder.activation(layer.name, shape, x.grid)
     version = 1 if x.grid is None else 2
-    builder.operator("REDUCE_MAX", version, [x.tensor, axes], output, _reducer_options(layer))
+    builder.operator("REDUCE_MAX", version, [x.tensor, axes], output, reducer_options(layer))
     return Stored(output, x.grid, x.gain)
 
 
