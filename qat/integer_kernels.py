@@ -10,6 +10,7 @@ import tf_keras
 
 from qat.canonical import Call
 from qat.grid import Grid
+from qat.layers import FakeQuantize
 from qat.operator_layers import Affine, ChannelScale
 from qat.tflite_file import FileModel, FileOperator, FileTensor
 
@@ -66,6 +67,24 @@ def scale_or_bias_mismatch(
     return None
 
 
+def output_of(call: Call, readers: dict[int, list[Call | None]]) -> tuple[Grid | None, bool]:
+    """(grid of the operator's output, whether a ReLU is fused in); None = not on a grid."""
+    quantizer, weights, rectified = None, {}, False
+    if call.layer._output_quantizers:  # the wrapped layer's own config has one
+        (quantizer,), weights = call.layer._output_quantizers, call.layer._output_quantizer_vars
+        rectified = call.layer.layer.activation is not tf_keras.activations.linear
+    while quantizer is None:
+        rectified |= isinstance(call.layer, layers.ReLU | layers.Activation)
+        following = readers[id(call.output)]
+        if len(following) != 1 or following[0] is None:
+            return None, rectified
+        (call,) = following
+        if isinstance(call.layer, FakeQuantize):
+            quantizer, weights = call.layer.quantizer, call.layer.quantizer_weights
+    with tf.device("/CPU:0"):
+        return quantizer.grid(weights).numpy(), rectified
+
+
 def moved_by(
     operator: FileOperator, grid: Grid | None, file: FileModel
 ) -> tuple[float, str | None]:
@@ -84,6 +103,7 @@ def moved_by(
         return moved, f"{output.name} has zero point {output.zero_point[0]}"
     (added,), back = constants, readers[0].outputs[0]
     same = added.scale[0] == back.scale[0] == output.scale[0] == grid.scale
+    same &= output.zero_point[0] == grid.qmin and back.zero_point[0] == grid.zero_point
     steps = added.data.reshape(-1).astype(int) - added.zero_point[0]
     if not same or (steps * float(grid.scale) != -moved).any():
         return moved, f"{added.name} does not bring {output.name} back onto the grid"

@@ -19,13 +19,13 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import larq_file
 from qat.canonical import Call, calls, consumers, functional
-from qat.grid import Grid
 from qat.integer_kernels import (
     as_read,
     channels_last,
     channels_last_of_file,
     folded_factors,
     moved_by,
+    output_of,
     per_channel,
     rounds_early,
     scale_or_bias_mismatch,
@@ -166,7 +166,7 @@ class _Comparison:
         bias = self.bias(layer, multiplier, offset)
         if kernel.dtype == larq_file.BIT:
             return larq_file.convolution_mismatch(op, step, bias)
-        grid, rectified = self.output(call)
+        grid, rectified = output_of(call, self.readers)
         moved, reason = moved_by(op, grid, self.file)
         if reason is not None:
             return reason
@@ -274,18 +274,6 @@ class _Comparison:
     def bias(self, layer, multiplier, offset) -> np.ndarray:
         own = layer.bias.numpy().astype(float) if layer.use_bias else 0.0
         return own * multiplier + offset
-
-    def output(self, call: Call) -> tuple[Grid | None, bool]:
-        """(grid of the operator's output, whether a ReLU is fused in); None = not on a grid."""
-        rectified = False
-        while not isinstance(call.layer, FakeQuantize):
-            rectified |= isinstance(call.layer, layers.ReLU | layers.Activation)
-            readers = self.readers[id(call.output)]
-            if len(readers) != 1 or readers[0] is None:
-                return None, rectified
-            (call,) = readers
-        with tf.device("/CPU:0"):
-            return call.layer.quantizer.grid(call.layer.quantizer_weights).numpy(), rectified
 
     def gain(self, tensor) -> float:
         """Product of the Rescalings between a tensor and the grid it lies on."""

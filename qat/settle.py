@@ -49,11 +49,11 @@ def settle_biases(
     normalization leaves. Left to the export, that rounding is the largest difference between model
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
     the batch norm's beta (else the layer's own bias) changes by at most S / 2. Convolutions with
-    packed kernels reach the codes up to S early: the model's bias is that much above the file's
-    (`qat.ties.early`). In a file of another storage or target biases are up to S off.
-    Biases of 1-bit kernels that read signs move up to 63 S farther, less than 1/8 of an output
-    step, to where all of LiteRT's kernels round all sums alike (`qat.ties.away_from_ties`). Call it
-    when training is over; a second call changes nothing.
+    packed kernels reach 8-bit codes up to S early: the model's bias is that much above the file's
+    (`qat.ties.early`). In a file of another storage or target biases are up to S off. A layer with
+    neither bias nor beta has nothing to settle. Biases of 1-bit kernels that read signs move up to
+    63 S farther, less than 1/8 of an output step, to where all of LiteRT's kernels round all sums
+    alike (`qat.ties.away_from_ties`). Call it when training is over; a second call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.
@@ -106,11 +106,15 @@ class _Output:
 
 def _output(call: Call, readers: dict[int, list[Call | None]]) -> _Output | None:
     """Of the operator that the call is a part of; None in float."""
+    if call.layer._output_quantizers:  # the layer's own config has one
+        (quantizer,), weights = call.layer._output_quantizers, call.layer._output_quantizer_vars
+        activation = call.layer.layer.activation
+        return _Output(_grid(quantizer, weights), activation is not tf_keras.activations.linear)
     following, rectified = readers[id(call.output)], False
     while len(following) == 1 and following[0] is not None:
         layer = following[0].layer
         if isinstance(layer, FakeQuantize):
-            return _Output(_grid(layer), rectified)
+            return _Output(_grid(layer.quantizer, layer.quantizer_weights), rectified)
         if not isinstance(layer, _FUSED):
             return None
         rectified |= isinstance(layer, layers.Activation | layers.ReLU)
@@ -118,9 +122,9 @@ def _output(call: Call, readers: dict[int, list[Call | None]]) -> _Output | None
     return None
 
 
-def _grid(layer: FakeQuantize) -> Grid:
+def _grid(quantizer: GridQuantizer, weights: dict[str, Any]) -> Grid:
     with tf.device("/CPU:0"):
-        return layer.quantizer.grid(layer.quantizer_weights).numpy()
+        return quantizer.grid(weights).numpy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +160,17 @@ def _settle(
     operator = storage.operator(layer)
     container = _container(layer, quantizer, codes * signs, output, storage)
     step = np.broadcast_to(scale, shape).reshape(-1) * np.abs(multiplier)
-    step = step * float(_grid(source).scale) * gain / container.finer
+    step = (
+        step
+        * float(_grid(source.quantizer, source.quantizer_weights).scale)
+        * gain
+        / container.finer
+    )
     written, ahead = None if output is None else output.grid, np.zeros_like(step)
     if output is not None and container.rounds_twice(operator):
         written = output.grid if output.rectified else from_lowest(step, output.grid)
         ahead = early(step, written, rectified=output.rectified)
-        rest = rest + float((output.grid.zero_point - written.zero_point) * written.scale)
+        rest = rest + float(output.grid.zero_point - written.zero_point) * float(written.scale)
     sums = _sums(layer, codes, source, container.finer)
     _round(variable, factor, rest, step, ahead, sums, written)
 
@@ -221,7 +230,7 @@ def _sums(
     channels = products // int(np.prod(getattr(layer, "kernel_size", 1)))
     even = channels % 2 == 0 and codes.all()
     k = np.arange(-products, products + 1, 2 if even else 1)
-    return k * float(finer * largest * _grid(source).qmax)
+    return k * float(finer * largest * source.quantizer.grid({}).qmax)
 
 
 def _channel_shape(layer: layers.Layer, weight: tf.Variable | np.ndarray) -> list[int]:

@@ -1,9 +1,9 @@
 """Biases and grids for kernels that round twice.
 
 LiteRT's fixed-point kernels, which also run all INT4 convolutions, scale a sum to `y = sum · M` in
-steps of the output's grid and round it twice: to a multiple of q, M < q <= 2 · M, then to a whole
-number, both halves away from zero. A y less than q / 2 under a half lands on the half first and is
-rounded up then. Training rounds once.
+steps of the output's grid and round it twice: to a multiple of q, M < q <= 2 · M, halves up, then
+to a whole number, halves away from zero. A y less than q / 2 under a half lands on the half first
+and is rounded up then. Training rounds once.
 
 Behind a ReLU every y that counts is positive, and this is one rounding at thresholds q / 2 lower:
 `early` says by how many accumulator steps, for the bias to make up for. Elsewhere the kernel's
@@ -35,7 +35,8 @@ def from_lowest(step: np.ndarray, grid: Grid) -> Grid:
     """The grid that a kernel that rounds twice, with no ReLU fused in, writes its output on.
 
     Of the same scale, with the lowest code as its zero point; or the output's own grid, if that
-    is of 16 bits (whose kernels round once), or of 8 and the steps are negligible.
+    has no negative numbers, is of 16 bits (whose kernels round once), or is of 8 and the steps are
+    negligible.
 
     Args:
         step: of the accumulator, one per channel, float64.
@@ -43,7 +44,7 @@ def from_lowest(step: np.ndarray, grid: Grid) -> Grid:
     """
     free = grid.qmin > -128  # the ADD takes the place of the MAXIMUM that clamps
     coarse = np.max(step) > _NEGLIGIBLE * float(grid.scale)
-    if grid.qmin < -128 or not (free or coarse):
+    if grid.qmin < -128 or grid.zero_point == grid.qmin or not (free or coarse):
         return grid
     return dataclasses.replace(grid, zero_point=np.float32(grid.qmin))
 
@@ -52,12 +53,12 @@ def early(step: np.ndarray, grid: Grid, *, rectified: bool = False) -> np.ndarra
     """By how many accumulator steps a kernel that rounds twice reaches every code early.
 
     `q / (2 · M)`, M = step / grid's scale, q = 2^e of `M = m · 2^e`, 1/2 <= m < 1: within (1/2, 1].
-    0 for M >= 1/2, where the kernel rounds once, and for a grid with negative numbers, which it
-    reaches early on both sides of zero.
+    0 for M >= 1/2 and for 16 bits, where the kernel rounds once, and where negative numbers count,
+    which it reaches early on both sides of zero.
 
     Args:
         step: of the accumulator, one per channel, float64.
-        grid: of the 8-bit output, NumPy.
+        grid: that the kernel writes on, NumPy.
         rectified: a ReLU is fused in, so that negative numbers do not count.
     """
     if grid.qmin < -128 or not (rectified or grid.zero_point == grid.qmin):

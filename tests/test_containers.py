@@ -7,7 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import small_models
+import tf_keras
 from small_models import KERNELS, everywhere, layers
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
+    QuantizeWrapperV2,
+)
 
 import qat
 from qat.errors import QatError
@@ -15,6 +19,8 @@ from qat.export.containers import Container, kernel_container, pack
 from qat.export.target import LITERT
 from qat.grid import Grid
 from qat.integers import integer_mismatches
+from qat.layers import FakeQuantize
+from qat.quantizers import FixedRangeQuantizer
 from qat.tflite_file import read_file
 from qat.verify.integer import simulate
 
@@ -83,6 +89,7 @@ def kinds(activation):
         "depthwise": layers.DepthwiseConv2D(3, depth_multiplier=2, activation=activation),
         "transposed": layers.Conv2DTranspose(8, 3, strides=2, activation=activation),
         "dense": layers.Dense(40, activation=activation),
+        "separable": layers.SeparableConv2D(8, 3, activation=activation),
     }
 
 
@@ -94,8 +101,11 @@ KINDS = tuple(kinds(None))
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_computes_what_was_trained(kind, activation, recipe, storage, tmp_path):
-    """At most 5 codes of 10,000 differ on LiteRT's default kernels, packed or not, where float32
-    sums come near a half; the simulator gives the reference kernels' codes."""
+    """At most 1 code of 10,000 differs on LiteRT's default kernels, packed or not, where float32
+    sums come near a half (5 of 8 bits without a ReLU, where the second rounding of fine steps is
+    left as it is); the simulator gives the reference kernels' codes."""
+    if kind == "separable" and recipe == "w2a16":
+        pytest.skip("two kernels, and the bound for 16 bits is that of one")
     layer = kinds(activation)[kind]
     model = small_models.quantized(small_models.model_of(layer, (9, 9, 4)), everywhere(recipe))
     qat.settle_biases(model, weight_storage=storage)
@@ -115,7 +125,8 @@ def test_the_file_computes_what_was_trained(kind, activation, recipe, storage, t
         assert np.rint(difference).max() <= 2
         assert (difference > 0.5).mean() <= np.abs(expected / step).mean() / 2**15 + 1e-3
     else:
-        assert difference.max() < 1.5 and (difference > 0.5).mean() <= 5e-4
+        allowed = 5e-4 if activation is None else 1e-4
+        assert difference.max() < 1.5 and (difference > 0.5).mean() <= allowed
     np.testing.assert_array_equal(simulate(path, *data)[0], outputs["reference"])
 
 
@@ -140,7 +151,7 @@ def test_without_a_relu_codes_are_counted_from_the_lowest_and_brought_back(recip
     assert not any(op.name == "MAXIMUM" and add.outputs[0] in op.inputs for op in file.operators)
 
 
-@pytest.mark.parametrize("what", ["constant", "scale", "reader"])
+@pytest.mark.parametrize("what", ["constant", "scale", "reader", "output"])
 def test_an_output_that_is_not_brought_back_is_found(what, tmp_path):
     model, file = exported("w4a4", tmp_path)
     assert integer_mismatches(model, file) == []
@@ -153,7 +164,26 @@ def test_an_output_that_is_not_brought_back_is_found(what, tmp_path):
     elif what == "scale":
         offset = dataclasses.replace(offset, scale=offset.scale * 2)
     name = "SUB" if what == "reader" else "ADD"
-    changed = dataclasses.replace(add, name=name, inputs=(x, offset))
+    (output,) = add.outputs
+    if what == "output":
+        output = dataclasses.replace(output, zero_point=output.zero_point + 1)
+    changed = dataclasses.replace(add, name=name, inputs=(x, offset), outputs=(output,))
     operators = [*file.operators[:index], changed, *file.operators[index + 1 :]]
-    (found,) = integer_mismatches(model, dataclasses.replace(file, operators=operators))
-    assert "from_lowest" in found
+    found = integer_mismatches(model, dataclasses.replace(file, operators=operators))
+    assert any("from_lowest" in line for line in found)
+
+
+def test_a_layer_with_a_quantizer_of_its_own_for_its_output(tmp_path):
+    """As TFMOT's wrapper has it, with no FakeQuantize behind the kernel."""
+    config = qat.configs.uniform(weight_bits=4)
+    inputs = layers.Input((9, 9, 4))
+    x = FakeQuantize(FixedRangeQuantizer(minimum=-3.0, maximum=3.0), name="x_fake_quantize")(inputs)
+    for index in range(2):
+        x = QuantizeWrapperV2(layers.Conv2D(8, 3, name=f"conv{index}"), config)(x)
+    model = tf_keras.Model(inputs, x)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        model(rng.normal(size=(16, 9, 9, 4)).astype(np.float32), training=True)
+    qat.settle_biases(model)
+    file = read_file(qat.export_tflite(model, tmp_path / "model.tflite"))
+    assert integer_mismatches(model, file) == []

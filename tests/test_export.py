@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small_models
 import tensorflow as tf
+import tensorflow_model_optimization as tfmot
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
@@ -473,3 +474,13 @@ def test_a_sequential_model_exports_too(tmp_path):
     model = small_models.quantized(small_models.randomize(net))
     path = qat.export_tflite(model, str(tmp_path / "m.tflite"))
     assert path == tmp_path / "m.tflite" and tf.io.gfile.exists(str(path))
+
+
+def test_a_model_that_tfmot_quantized_is_refused(tmp_path):
+    keras = tfmot.quantization.keras
+    inputs = layers.Input((8, 8, 3))
+    annotated = keras.quantize_annotate_layer(layers.Conv2D(4, 3), qat.configs.uniform())(inputs)
+    model = keras.quantize_apply(tf_keras.Model(inputs, annotated))
+    with pytest.raises(QatError, match="TFMOT's own quantizer.*qat.quantize_model"):
+        qat.export_tflite(model, tmp_path / "model.tflite")
+    assert not any(tmp_path.iterdir())

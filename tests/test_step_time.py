@@ -90,6 +90,7 @@ def test_a_run_writes_what_it_measured(tmp_path, monkeypatch, capsys):
         ({"models": ["lenet", "alexnet"]}, "model 'alexnet'.*resnet20"),
         ({"modes": ["eager"]}, "mode 'eager'.*xla"),
         ({"peers": ["larq"]}, "peer 'larq'.*tfmot"),
+        ({"modes": []}, "nothing to measure.*--modes"),
     ],
 )
 def test_wrong_names(tmp_path, wrong, named):

@@ -93,6 +93,8 @@ def run(plan: StepTimePlan) -> dict[str, Any]:
     Raises:
         UserError: an unknown model or mode; at the end, a network of ours that failed.
     """
+    if not (plan.models and plan.batch_sizes and plan.modes):
+        raise UserError("nothing to measure: --model, --batch_sizes and --modes need a value each")
     for kind, given, legal in (
         ("model", plan.models, models.MODELS),
         ("mode", plan.modes, MODES),
@@ -104,10 +106,11 @@ def run(plan: StepTimePlan) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for setting in plan.settings():
         measured = _in_fresh_process(measure, setting, plan.networks(), plan.rounds)
+        rows += measured
+        _write(plan, rows)
         for row in measured:
             if row["error"] is None:
                 row["peak_bytes"] = _in_fresh_process(peak_memory, setting, row["network"])
-        rows += measured
         print(table(measured), flush=True)
         result = _write(plan, rows)
     failed = [f"{r['network']} of {r['model']}: {r['error']}" for r in rows if r["error"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
@@ -116,12 +117,16 @@ class _Rewriter:
         return self.copies(layer)([x, rest[-1]])
 
     def split_separable(self, layer: layers.Layer, x: Any) -> Any:
-        """SeparableConv → depthwise (no bias), 1×1 convolution (bias), activation."""
+        """SeparableConv → depthwise, 1×1 convolution, activation.
+
+        The depthwise layer gets a bias of zeros: something that `settle_biases` can settle.
+        """
         depthwise = self.once(layer, "depthwise", lambda name: _depthwise_half(layer, name))
         pointwise = self.once(layer, "pointwise", lambda name: _pointwise_half(layer, name))
 
         def set_weights():
-            depthwise.set_weights(layer.get_weights()[:1])
+            kernel = layer.get_weights()[0]
+            depthwise.set_weights([kernel, np.zeros(kernel.shape[-2] * kernel.shape[-1])])
             pointwise.set_weights(layer.get_weights()[1:])
 
         self.split_weights.append(set_weights)
@@ -184,7 +189,6 @@ def _depthwise_half(layer: layers.Layer, name: str) -> layers.Layer:
         depth_multiplier=layer.depth_multiplier,
         dilation_rate=layer.dilation_rate,
         data_format=layer.data_format,
-        use_bias=False,
         depthwise_initializer=layer.depthwise_initializer,
         depthwise_regularizer=layer.depthwise_regularizer,
         depthwise_constraint=layer.depthwise_constraint,

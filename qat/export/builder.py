@@ -103,6 +103,32 @@ class Builder:
         self.operator("RESHAPE", 1, [value.tensor, constant], output, options)
         return dataclasses.replace(value, tensor=output)
 
+    def moved(
+        self,
+        x: Stored,
+        name: str,
+        shape: tuple[int, ...],
+        operator: str,
+        *,
+        options: Any,
+        version: int = 2,
+        constants: dict[str, Any] | None = None,
+    ) -> Stored:
+        """An operator that moves codes: its output lies on its input's grid.
+
+        Args:
+            version: of its 8-bit form; float32 is 1, but for RESIZE_…, which have one.
+            constants: by name, the int32 tensors that it reads after x.
+        """
+        read = [
+            self.constant(f"{name}/{key}", np.asarray(value, np.int32), "int32")
+            for key, value in (constants or {}).items()
+        ]
+        output = self.activation(name, shape, x.grid)
+        version = version if x.grid is not None or operator.startswith("RESIZE") else 1
+        self.operator(operator, version, [x.tensor, *read], output, options)
+        return dataclasses.replace(x, tensor=output)
+
     def to_grid(self, value: Stored, grid: Grid, name: str) -> Stored:
         """The value on another grid, with the clamp that the grid asks for.
 
@@ -121,7 +147,7 @@ class Builder:
             self.operator("QUANTIZE", version, [value.tensor], output, schema.QuantizeOptionsT())
         return self.clamped(Stored(output, grid), name, relu=_never_negative(value.grid))
 
-    def from_lowest(self, value: Stored, grid: Grid, name: str) -> Stored:
+    def back_on_grid(self, value: Stored, grid: Grid, name: str) -> Stored:
         """What a kernel wrote counted from the lowest code (`qat.ties.from_lowest`), as it is.
 
         An ADD of `-(zero_point - qmin) · scale`, which moves no code off the grid.

@@ -12,6 +12,9 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_layer import (
+    QuantizeLayer,
+)
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
     QuantizeWrapper,
 )
@@ -160,6 +163,11 @@ class _Converter:
         return self._plain(layer, call, [self._stored(tensor) for tensor in call.inputs])
 
     def _plain(self, layer: layers.Layer, call: Call, inputs: list[Value]) -> Value:
+        if isinstance(layer, QuantizeLayer):
+            raise ExportError(
+                f"layer {layer.name!r} is TFMOT's own quantizer of an input, which no file of ours "
+                "holds; use qat.quantize_model, or quantize_apply(…, scheme=qat.scheme(…))"
+            )
         lower = LOWERINGS.get(type(layer))
         if lower is not None:
             return lower(self.builder, layer, inputs, _output_shape(layer, inputs))

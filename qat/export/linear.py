@@ -86,7 +86,7 @@ class Linear(Pending):
             target=builder.target,
         )
         written = self._written(container, grid)
-        real_bias = self.bias + float((grid.zero_point - written.zero_point) * grid.scale)
+        real_bias = self.bias + float(grid.zero_point - written.zero_point) * float(grid.scale)
         scale = self._kernel_scale(real_bias, grid, container.finer)
         kernel = self._kernel_constant(builder, container, scale)
         bias = self._bias_constant(builder, container, real_bias, scale, written)
@@ -98,7 +98,7 @@ class Linear(Pending):
             output = builder.activation(f"{name}/from_lowest", self.shape, written)
             # Below 8 bits the ReLU is the clamp at the lowest code.
             builder.operator(self.operator, version, inputs, output, self.options(FUSED["relu"]))
-            return builder.from_lowest(Stored(output, written), grid, name)
+            return builder.back_on_grid(Stored(output, written), grid, name)
         output = builder.activation(name, self.shape, grid)
         options = self.options(FUSED[self.activation])
         builder.operator(self.operator, version, inputs, output, options)

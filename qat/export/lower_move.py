@@ -5,9 +5,6 @@ None of them changes a grid; bilinear resizing averages codes.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
@@ -19,38 +16,11 @@ layers = tf_keras.layers
 Shape = tuple[int, ...]
 
 
-def moved(
-    builder: Builder,
-    x: Stored,
-    name: str,
-    shape: Shape,
-    operator: str,
-    *,
-    options: Any,
-    version: int = 2,
-    constants: dict[str, Any] | None = None,
-) -> Stored:
-    """An operator that moves codes: its output lies on its input's grid.
-
-    Args:
-        version: of its 8-bit form; float32 is 1, but for RESIZE_…, which have one.
-        constants: by name, the int32 tensors that it reads after x.
-    """
-    read = [
-        builder.constant(f"{name}/{key}", np.asarray(value, np.int32), "int32")
-        for key, value in (constants or {}).items()
-    ]
-    output = builder.activation(name, shape, x.grid)
-    version = version if x.grid is not None or operator.startswith("RESIZE") else 1
-    builder.operator(operator, version, [x.tensor, *read], output, options)
-    return Stored(output, x.grid, x.gain)
-
-
 def _permute(builder, layer: layers.Permute, inputs, shape):
     order = {"order": (0, *layer.dims)}
     options = schema.TransposeOptionsT()
-    return moved(
-        builder, inputs[0], layer.name, shape, "TRANSPOSE",
+    return builder.moved(
+        inputs[0], layer.name, shape, "TRANSPOSE",
         options=options, constants=order,
     )  # fmt: skip
 
@@ -59,16 +29,16 @@ def _repeat(builder, layer: layers.RepeatVector, inputs, shape):
     (x,) = inputs
     row = builder.reshape(x, (1, 1, x.shape[-1]), f"{layer.name}/row")
     options, times = schema.TileOptionsT(), {"times": (1, layer.n, 1)}
-    return moved(
-        builder, row, layer.name, shape, "TILE", options=options, version=1, constants=times
+    return builder.moved(
+        row, layer.name, shape, "TILE", options=options, version=1, constants=times
     )
 
 
 def _crop(builder, layer, inputs, shape):
     cuts = [layer.cropping] if len(shape) == 3 else layer.cropping
     constants = {"begin": (0, *(first for first, _ in cuts), 0), "size": (-1, *shape[1:])}
-    return moved(
-        builder, inputs[0], layer.name, shape, "SLICE",
+    return builder.moved(
+        inputs[0], layer.name, shape, "SLICE",
         options=schema.SliceOptionsT(), constants=constants,
     )  # fmt: skip
 
@@ -78,8 +48,8 @@ def _resize(builder: Builder, x: Stored, name: str, size: tuple[int, int], inter
     operator = "RESIZE_NEAREST_NEIGHBOR" if interpolation == "nearest" else "RESIZE_BILINEAR"
     options = getattr(schema, f"{_OPTIONS[operator]}T")()
     options.alignCorners, options.halfPixelCenters = False, True
-    return moved(
-        builder, x, name, (x.shape[0], *size, x.shape[3]), operator,
+    return builder.moved(
+        x, name, (x.shape[0], *size, x.shape[3]), operator,
         options=options, version=3, constants={"size": size},
     )  # fmt: skip
 
@@ -131,8 +101,8 @@ def _pool_3d(operator: str):
 
         def step(image, name, size, index):
             options = pool_options(PADDING[layer.padding], *windows[index])
-            return moved(
-                builder, image, name, (image.shape[0], *size, image.shape[3]), operator,
+            return builder.moved(
+                image, name, (image.shape[0], *size, image.shape[3]), operator,
                 options=options,
             )  # fmt: skip
 

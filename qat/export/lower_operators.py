@@ -11,7 +11,6 @@ from ai_edge_litert import schema_py_generated as schema
 from qat.export.builder import Builder, Stored
 from qat.export.linear import Linear
 from qat.export.lower_linear import lower_affine
-from qat.export.lower_move import moved
 from qat.export.lower_shape import reducer_options
 from qat.export.pending import Elementwise
 from qat.operator_layers import Pad, ReduceMax, ReduceMean, Slice
@@ -31,15 +30,14 @@ def _slice(builder: Builder, layer: Slice, inputs: list[Stored], shape: Shape) -
     begin, end = ([part[i] or 0 for part in slices] for i in (0, 1))
     strides = [part[2] or 1 for part in slices]
     constants = {"begin": begin, "end": end, "strides": strides}
-    return moved(
-        builder, inputs[0], layer.name, shape, "STRIDED_SLICE", options=options, constants=constants
+    return builder.moved(
+        inputs[0], layer.name, shape, "STRIDED_SLICE", options=options, constants=constants
     )
 
 
 def _pad(builder: Builder, layer: Pad, inputs: list[Stored], shape: Shape) -> Stored:
     constants = {"padding": [[0, 0], *layer.paddings]}
-    return moved(
-        builder,
+    return builder.moved(
         inputs[0],
         layer.name,
         shape,
@@ -51,8 +49,8 @@ def _pad(builder: Builder, layer: Pad, inputs: list[Stored], shape: Shape) -> St
 
 def _reduce_max(builder: Builder, layer: ReduceMax, inputs: list[Stored], shape: Shape) -> Stored:
     constants, options = {"axes": layer.axes}, reducer_options(layer)
-    return moved(
-        builder, inputs[0], layer.name, shape, "REDUCE_MAX", options=options, constants=constants
+    return builder.moved(
+        inputs[0], layer.name, shape, "REDUCE_MAX", options=options, constants=constants
     )
 
 

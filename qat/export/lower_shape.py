@@ -79,9 +79,8 @@ def pool_options(padding: int, window: Sequence[int], strides: Sequence[int]):
     return options
 
 
-def _reduction_axes(builder: Builder, layer, rank: int):
-    axes = np.arange(1, rank - 1, dtype=np.int32)
-    return builder.constant(f"{layer.name}/axes", axes, "int32")
+def _reduction_axes(rank: int) -> np.ndarray:
+    return np.arange(1, rank - 1, dtype=np.int32)
 
 
 def reducer_options(layer: layers.Layer) -> schema.ReducerOptionsT:
@@ -96,19 +95,20 @@ def _global_average(builder, layer, inputs, shape):
         name=layer.name,
         shape=shape,
         inputs=tuple(inputs),
-        extra=(_reduction_axes(builder, layer, len(inputs[0].shape)),),
+        extra=(
+            builder.constant(f"{layer.name}/axes", _reduction_axes(len(inputs[0].shape)), "int32"),
+        ),
         operator="MEAN",
         options=lambda fused: reducer_options(layer),
     )
 
 
 def _global_max(builder, layer, inputs, shape):
-    x = inputs[0]
-    axes = _reduction_axes(builder, layer, len(x.shape))
-    output = builder.activation(layer.name, shape, x.grid)
-    version = 1 if x.grid is None else 2
-    builder.operator("REDUCE_MAX", version, [x.tensor, axes], output, reducer_options(layer))
-    return Stored(output, x.grid, x.gain)
+    options = reducer_options(layer)
+    axes = {"axes": _reduction_axes(len(inputs[0].shape))}
+    return builder.moved(
+        inputs[0], layer.name, shape, "REDUCE_MAX", options=options, constants=axes
+    )
 
 
 def _zero_padding(builder, layer, inputs, shape):
