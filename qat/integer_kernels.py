@@ -24,11 +24,18 @@ _RAISED_BIAS = 2**29
 
 
 def as_read(tensor: FileTensor, constant: FileTensor) -> FileTensor:
-    """A constant with the codes and scales that it has once it is unpacked to the tensor."""
-    factor = np.rint(constant.scale / tensor.scale).max()
-    codes = constant.data.astype(int) * int(factor)
-    if not np.allclose(constant.scale, factor * tensor.scale, rtol=_FLOAT32_ERROR, atol=0):
-        codes = None  # its channels grow by different factors, so no kernel of ours
+    """A constant with the codes and scales that it has once it is unpacked to the tensor.
+
+    Without codes if its channels grow by different factors, or by one that int8 has no room for: no
+    kernel of ours.
+    """
+    codes = None
+    if constant.scale.shape == tensor.scale.shape and tensor.scale.all():
+        factors = np.rint(constant.scale.astype(float) / tensor.scale.astype(float))
+        factor = factors.max(initial=0)
+        grown = factor * tensor.scale.astype(float)
+        if factor <= 127 and np.allclose(constant.scale, grown, rtol=_FLOAT32_ERROR, atol=0):
+            codes = constant.data.astype(int) * int(factor)
     return dataclasses.replace(
         constant, data=codes, scale=tensor.scale, zero_point=tensor.zero_point
     )

@@ -142,7 +142,13 @@ class _Comparison:
     def __init__(self, model, file: FileModel, tensors: list[FileTensor], runners, inputs):
         self.file, self.tensors, self.inputs = file, tensors, inputs
         self.path = next(r.path for r in runners.values() if isinstance(r, Runner))
-        self.keras = KerasCodes(model, points(model, file), inputs)
+        names = {tensor.name for tensor in tensors}
+        found = [  # of a damaged file perhaps not every tensor can be recorded
+            point if point.tensor is None or point.tensor.name in names
+            else dataclasses.replace(point, tensor=None)
+            for point in points(model, file)
+        ]  # fmt: skip
+        self.keras = KerasCodes(model, found, inputs)
         self.not_compared = {
             point.call.layer.name: absence(point, model, file)
             for point in self.keras.points
