@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qat.grid import Grid
+from qat.grid import Grid, affine_grid
 from qat.quantizers import Backward, LearnedGrid, fake_quantize
 from qat.quantizers.rounding import in_float32
 
@@ -394,3 +394,23 @@ def test_illegal_backwards(options, message):
     with pytest.raises(ValueError, match=message) as error:
         Backward(**options)
     assert "\n" not in str(error.value)
+
+
+def test_zeros_are_made_once_for_all_tensors_of_a_shape():
+    """A graph keeps constants in memory for the whole step."""
+    grid = affine_grid(tf.constant(-1.0), tf.constant(2.0), num_bits=4)
+
+    @tf.function
+    def gradients(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            total = sum(tf.reduce_sum(fake_quantize(x, grid)) for x in tensors)
+        return tape.gradient(total, tensors)
+
+    tensors = [tf.linspace(-2.0, 3.0, 6 * n)[tf.newaxis] for n in (1, 1, 2, 1)]
+    for x, dx in zip(tensors, gradients(*tensors), strict=True):
+        np.testing.assert_array_equal(dx, (x >= -1.0) & (x <= 2.0))
+    operators = gradients.get_concrete_function(*tensors).graph.get_operations()
+    selections = [operator for operator in operators if operator.type == "Select"]
+    assert len(selections) == 4
+    assert len({operator.inputs[2].ref() for operator in selections}) == 2

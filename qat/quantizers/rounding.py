@@ -182,9 +182,26 @@ def _inside(x: tf.Tensor, grid: Grid, relu: Relu | None) -> tf.Tensor:
 def _selected(mask: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     """The values where the mask is true, else 0: one pass, in memory that it may reuse.
 
-    `tf.where` allows for shapes that differ, and takes new memory.
+    `tf.where` allows for shapes that differ, which is slow.
     """
-    return tf.raw_ops.Select(condition=mask, x=values, y=tf.zeros_like(values))
+    return tf.raw_ops.Select(condition=mask, x=values, y=_zeros(values))
+
+
+def _zeros(like: tf.Tensor) -> tf.Tensor:
+    """Zeros of the tensor's shape, in a graph the same ones for all tensors of that shape.
+
+    TensorFlow makes constants of zeros of a known shape, which stay in memory for the whole step.
+    """
+    if tf.executing_eagerly() or not like.shape.is_fully_defined():
+        return tf.zeros_like(like)
+    graph, key = like.graph, (like.device, like.dtype, *like.shape)
+    made = graph.get_collection_ref("qat_zeros")
+    for known, zeros in made:
+        if known == key and zeros.graph is graph:
+            return zeros
+    with tf.control_dependencies(None):
+        made.append((key, tf.zeros(like.shape, like.dtype)))
+    return made[-1][1]
 
 
 def in_float32(x: tf.Tensor | tf.Variable) -> tf.Tensor:
