@@ -155,7 +155,7 @@ def measure(setting: Setting, networks: Sequence[str], rounds: int) -> list[dict
             steps[name] = _step(setting, model, row)
             if name not in (FLOAT, PEER):
                 row["export_seconds"] = _export_seconds(model)
-        except (QatError, tf.errors.OpError, ValueError) as error:
+        except (QatError, tf.errors.OpError, TypeError, ValueError) as error:
             row["error"] = " ".join(str(error).split())[:300]
     for turn in range(rounds):
         for name in _rotated(list(steps), turn):
