@@ -103,7 +103,7 @@ def test_all_codes_are_the_reference_kernels(tmp_path, build, shape, recipe):
 
 
 @needs_micro
-@pytest.mark.parametrize("io", ["int8", pytest.param("uint8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("io", ["int8", "uint8"])
 @pytest.mark.slow
 def test_eight_bit_boundaries(tmp_path, io):
     model, path = exported(tmp_path, mixed, IMAGE, "w4a8", io=io)
@@ -114,7 +114,7 @@ def test_eight_bit_boundaries(tmp_path, io):
 
 
 @needs_micro
-@pytest.mark.parametrize("recipe", [pytest.param("w8a16", marks=pytest.mark.slow), "w4a16"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
 @pytest.mark.slow
 def test_sixteen_bits(tmp_path, recipe):
     """Beside int16 tflite-micro unpacks no kernel."""

@@ -99,7 +99,7 @@ def test_wrong_names(tmp_path, wrong, named):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_process_that_is_killed_is_one_line(tmp_path):
+def test_a_process_that_is_killed_is_one_line():
     with pytest.raises(UserError, match="lenet with batches of 4 was killed.*--batch_sizes"):
         step_time._in_fresh_process(_die, LENET)
 
@@ -110,10 +110,12 @@ def _die(setting):
 
 @pytest.mark.slow
 def test_a_quantized_step_takes_little_more_memory_than_a_float_one():
-    """At most 15 % in all, which is the project's own limit."""
+    """At most 15 % in all, which is the project's own limit. The peak depends on the order in
+    which TensorFlow's threads run: the median of several processes."""
     setting = step_time.Setting(model="resnet20", batch_size=128)
-    peak = {
-        network: step_time._in_fresh_process(step_time.peak_memory, setting, network)
-        for network in ("float", "w8a8")
-    }
-    assert peak["w8a8"] <= 1.15 * peak["float"]
+
+    def peak(network):
+        arguments = (step_time.peak_memory, setting, network)
+        return np.median([step_time._in_fresh_process(*arguments) for _ in range(5)])
+
+    assert peak("w8a8") <= 1.15 * peak("float")
