@@ -11,9 +11,11 @@ import tf_keras
 
 from qat.canonical import Call, calls, functional, rebuild
 from qat.errors import ModelError
+from qat.export.containers import require_weight_storage
 from qat.export.convert import convert
 from qat.export.flatbuffer import to_bytes
 from qat.export.graph import Tensor
+from qat.export.target import find_target
 from qat.layers import FakeQuantize
 from qat.verify.integer import SimulationError, Simulator
 
@@ -34,17 +36,22 @@ class ExactModel(tf_keras.Model):
 
     Args:
         model: quantized, calibrated or trained; 8-bit inputs and outputs may be float32.
+        target, weight_storage: of the file, as `export_tflite` takes them.
 
     Raises:
-        ExportError: the model cannot be exported.
+        ExportError: the model cannot be exported, or an unknown target or weight_storage.
         ModelError: its file computes in float somewhere, or has an output that is no tensor of
             the file.
     """
 
-    def __init__(self, model: tf_keras.Model):
+    def __init__(
+        self, model: tf_keras.Model, *, target: str = "litert", weight_storage: str = "size"
+    ):
+        require_weight_storage(weight_storage)
         quantized = functional(model)
         super().__init__(name=f"{model.name}_exact")
         self.quantized = quantized
+        self._target, self._weight_storage = find_target(target), weight_storage
         self._quantizes = [c for c in calls(quantized) if isinstance(c.layer, FakeQuantize)]
         self._twin = _twin(quantized, self._quantizes)
         self._fingerprint: list[int] | None = None
@@ -82,9 +89,9 @@ class ExactModel(tf_keras.Model):
         fingerprint = [zlib.crc32(np.ascontiguousarray(weight)) for weight in weights]
         if fingerprint == self._fingerprint:
             return
-        graph = convert(self.quantized)
+        graph = convert(self.quantized, target=self._target, weight_storage=self._weight_storage)
         self._tensors = [graph.origins[id(call.output)] for call in self._quantizes]
-        self._simulator = Simulator(to_bytes(graph, description="exact"))
+        self._simulator = Simulator(to_bytes(graph, description="exact", target=self._target.name))
         self._fingerprint = fingerprint
 
     def _exact_values(self, inputs) -> list[np.ndarray]:

@@ -118,12 +118,19 @@ def moved_by(
 
 
 def rounds_early(
-    kernel: FileTensor, operator: FileOperator, grid: Grid | None, rectified: bool
+    kernel: FileTensor,
+    operator: FileOperator,
+    grid: Grid | None,
+    rectified: bool,
+    target: str | None,
 ) -> bool:
-    """Whether an operator rounds twice and none of its outputs that count is negative."""
+    """Whether an operator rounds twice and none of its outputs that count is negative.
+
+    Convolutions with packed kernels do, on tflite-micro all.
+    """
     output = operator.outputs[0]
-    packed = kernel.dtype in ("int2", "int4") and operator.name != "FULLY_CONNECTED"
-    if not packed or grid is None or output.dtype != "int8":
+    twice = kernel.dtype in ("int2", "int4") or target == "tflm"
+    if not twice or operator.name == "FULLY_CONNECTED" or grid is None or output.dtype != "int8":
         return False
     return rectified or bool(output.zero_point[0] == grid.qmin)
 

@@ -170,7 +170,7 @@ class _Comparison:
         moved, reason = moved_by(op, grid, self.file)
         if reason is not None:
             return reason
-        early = rounds_early(kernel, op, grid, rectified)
+        early = rounds_early(kernel, op, grid, rectified, self.file.target)
         return scale_or_bias_mismatch(kernel, op, step, bias + moved, early=early)
 
     def sign_mismatches(self, call: Call) -> list[str]:

@@ -167,7 +167,7 @@ def _settle(
         / container.finer
     )
     written, ahead = None if output is None else output.grid, np.zeros_like(step)
-    if output is not None and container.rounds_twice(operator):
+    if output is not None and container.rounds_twice(operator, storage.target):
         written = output.grid if output.rectified else from_lowest(step, output.grid)
         ahead = early(step, written, rectified=output.rectified)
         rest = rest + float(output.grid.zero_point - written.zero_point) * float(written.scale)

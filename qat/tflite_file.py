@@ -17,6 +17,7 @@ _TYPE_NAMES = {v: k.lower() for k, v in vars(schema.TensorType).items() if isins
 _OPERATORS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
 _NUMPY = {"int8": np.int8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
 _NUMPY |= {"int64": np.int64, "float32": np.float32}
+_TARGET = b"qat.target"  # metadata of files of ours
 _FLOATS = ("float16", "float32", "float64")
 
 
@@ -51,12 +52,14 @@ class FileOperator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileModel:
-    """The main subgraph of a file."""
+    """The main subgraph of a file, and the target that it says it was written for; None in files
+    that are not ours."""
 
     tensors: tuple[FileTensor, ...]
     operators: tuple[FileOperator, ...]
     inputs: tuple[FileTensor, ...]
     outputs: tuple[FileTensor, ...]
+    target: str | None = None
 
     def operator_counts(self) -> dict[str, int]:
         """{operator: how often}, by name."""
@@ -174,7 +177,15 @@ def _file_model(model: schema.ModelT) -> FileModel:
         operators=tuple(larq_file.seen_as_bits(op, operators) for op in operators),
         inputs=tuple(tensors[i] for i in graph.inputs),
         outputs=tuple(tensors[i] for i in graph.outputs),
+        target=_target(model),
     )
+
+
+def _target(model: schema.ModelT) -> str | None:
+    for entry in model.metadata or ():
+        if entry.name == _TARGET:
+            return bytes(model.buffers[entry.buffer].data).decode()
+    return None
 
 
 def _tensor(tensor: schema.TensorT, buffers: list) -> FileTensor:

@@ -44,6 +44,17 @@ def test_outputs_of_whole_networks(name, recipe, tmp_path):
     assert_equals_the_file(qat.ExactModel(model), model, x, tmp_path)
 
 
+def test_the_storage_is_the_file_s(tmp_path):
+    """Behind a ReLU the INT4 convolution's bias is an accumulator step lower than int8's."""
+    model = quantized(model_of(residual, (11, 10, 3)), "w4a8")
+    (x,) = data_for(model, 8)
+    path = qat.export_tflite(model, tmp_path / "model.tflite", weight_storage="speed")
+    (expected,) = run_file(path, [x], "reference")
+    exact = qat.ExactModel(model, weight_storage="speed")
+    np.testing.assert_array_equal(exact.predict(x, verbose=0), expected)
+    assert (qat.ExactModel(model).predict(x, verbose=0) != expected).any()
+
+
 def test_gradients_are_those_of_fake_quantization_at_the_exact_values():
     """One convolution and its ReLU: both models read the same input, so only the loss differs."""
     model = quantized(model_of(lambda x: layers.Conv2D(3, 2, activation="relu")(x), (5, 5, 2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from qat.export.micro import arena_bytes, micro_check
 from qat.files import write_together
 from qat.integers import integer_mismatches
 from qat.tflite_file import read_file
+from qat.verify.larq import open_runner
 
 needs_micro = pytest.mark.skipif(
     not micro.importlib.util.find_spec("tflite_micro"), reason="tflite-micro is not installed"
@@ -100,6 +102,60 @@ def test_all_codes_are_the_reference_kernels(tmp_path, build, shape, recipe):
     np.testing.assert_array_equal(run_micro(path, data, arena_bytes(path)), expected)
     (real,) = small_models.run_model(model, data)
     assert expected.shape == real.shape and len(np.unique(expected)) > 5
+
+
+def layer_of(kind, activation):
+    return {
+        "convolution": layers.Conv2D(8, 3, activation=activation),
+        "depthwise": layers.DepthwiseConv2D(3, depth_multiplier=2, activation=activation),
+        "transposed": layers.Conv2DTranspose(8, 3, strides=2, activation=activation),
+        "dense": layers.Dense(40, activation=activation),
+    }[kind]
+
+
+@needs_micro
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "convolution",
+        "depthwise",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transposed", "dense")),
+    ],
+)
+def test_the_file_computes_what_was_trained(kind, activation, recipe, tmp_path):
+    """At most 1 code of 10,000 (5 of INT4) on the reference kernels, which round twice."""
+    build = small_models.model_of(layer_of(kind, activation), (17, 17, 4))
+    model = small_models.quantized(build, small_models.everywhere(recipe))
+    qat.settle_biases(model, target="tflm")
+    path = qat.export_tflite(model, tmp_path / "model.tflite", target="tflm")
+    assert integer_mismatches(model, read_file(path)) == []
+    data = small_models.data_for(model, 64)
+    (expected,) = small_models.run_model(model, data)
+    step = float(model.layers[-1].quantizer.grid(model.layers[-1].quantizer_weights).scale)
+    (found,) = small_models.run_file(path, data, "reference")
+    assert expected.size > 10**5 and len(np.unique(expected)) > 100
+    different = (np.abs(found - expected) > step / 2).mean()
+    assert different <= (1e-4 if recipe == "w8a8" else 5e-4)
+    (opened,) = open_runner(path).run(*data)  # what verification and evaluation take
+    assert (np.abs(opened.values - expected) > step / 2).mean() <= different + 1e-4
+
+
+@needs_micro
+def test_a_file_for_other_kernels_is_told_apart(tmp_path):
+    """Biases of a convolution's int8 kernel are lower for kernels that round twice."""
+    model, path = exported(tmp_path, lambda x: layers.Conv2D(8, 3)(x), IMAGE, "w8a8")
+    file = read_file(path)
+    assert file.target == "tflm" and integer_mismatches(model, file) == []
+    assert any("differs" in line for line in integer_mismatches(
+        model, dataclasses.replace(file, target="litert")
+    ))  # fmt: skip
+    exact = qat.ExactModel(model, target="tflm")
+    data = small_models.data_for(model, 8)
+    np.testing.assert_array_equal(
+        exact.predict(data[0], verbose=0), small_models.run_file(path, data, "reference")[0]
+    )
 
 
 @needs_micro
@@ -214,7 +270,7 @@ def test_a_litert_file_with_int4_dense_layers_is_refused():
         small_models.model_of(dense, (64,)), small_models.everywhere("w4a8")
     )
     with pytest.raises(ExportError, match="refuses FULLY_CONNECTED of 'first"):
-        micro_check(to_bytes(convert(model), description="for LiteRT"))
+        micro_check(to_bytes(convert(model), description="for LiteRT", target="litert"))
 
 
 @needs_micro

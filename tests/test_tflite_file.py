@@ -66,7 +66,7 @@ def test_operators_and_boundary(path):
     assert [tensor.dtype for tensor in (*file.inputs, *file.outputs)] == ["float32"] * 2
     assert file.inputs[0] is file.operators[0].inputs[0]
     assert file.outputs[0] is file.operators[-1].outputs[0]
-    assert file.float_operators() == []
+    assert file.float_operators() == [] and file.target == "litert"
 
 
 def test_weight_bytes(path):
@@ -100,7 +100,7 @@ def test_a_file_of_the_tflite_converter(tmp_path):
     path = tmp_path / "float.tflite"
     path.write_bytes(converter.convert())
     file = read_file(path)
-    assert file.float_operators() == ["FULLY_CONNECTED", "SOFTMAX"]
+    assert file.float_operators() == ["FULLY_CONNECTED", "SOFTMAX"] and file.target is None
     kernel = file.operators[0].inputs[1]
     np.testing.assert_array_equal(kernel.data, weights.numpy().T)
     assert len(kernel.scale) == 0 and file.weight_bytes() >= kernel.bytes == 128

@@ -36,9 +36,9 @@ class Container:
         """`scale of a code / scale of a read code`."""
         return self.factor / self.divisor
 
-    def rounds_twice(self, operator: str) -> bool:
-        """Whether the operator's kernel is one of those that round twice (`qat.ties`)."""
-        return self.stored != "int8" and operator != "FULLY_CONNECTED"
+    def rounds_twice(self, operator: str, target: Target) -> bool:
+        """Whether the target runs the operator on a kernel that rounds twice (`qat.ties`)."""
+        return operator != "FULLY_CONNECTED" and (self.stored != "int8" or target.fixed_point)
 
 
 def kernel_container(

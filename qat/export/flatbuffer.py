@@ -10,6 +10,7 @@ from qat.export.containers import pack
 from qat.export.graph import Graph, Operator, Tensor
 
 _SCHEMA_VERSION = 3
+TARGET_METADATA = "qat.target"
 _PLACEHOLDER_BUILTIN = 127  # what readers of old schemas see for newer operators
 _NUMPY = {
     "float32": np.float32,
@@ -25,13 +26,14 @@ _NUMPY = {
 _TYPES = {name: getattr(schema.TensorType, name.upper()) for name in _NUMPY}
 
 
-def to_bytes(graph: Graph, *, description: str) -> bytes:
-    """The file, with one subgraph and a "serving_default" signature."""
+def to_bytes(graph: Graph, *, description: str, target: str) -> bytes:
+    """The file, with one subgraph, a "serving_default" signature, and its target as metadata."""
     writer = _Writer(graph)
     model = schema.ModelT()
     model.version = _SCHEMA_VERSION
     model.description = description
     model.subgraphs = [writer.subgraph()]
+    model.metadata = [writer.metadata(TARGET_METADATA, target)]
     model.operatorCodes = writer.operator_codes
     model.buffers = writer.buffers
     model.signatureDefs = [writer.signature()]
@@ -73,10 +75,18 @@ class _Writer:
             return 0
         data = np.asarray(tensor.data).astype(_NUMPY[tensor.dtype])
         packed = pack(data, tensor.dtype) if tensor.dtype in ("int2", "int4") else data
+        return self.added(np.ascontiguousarray(packed).tobytes())
+
+    def added(self, content: bytes) -> int:
         buffer = schema.BufferT()
-        buffer.data = np.frombuffer(np.ascontiguousarray(packed).tobytes(), np.uint8)
+        buffer.data = np.frombuffer(content, np.uint8)
         self.buffers.append(buffer)
         return len(self.buffers) - 1
+
+    def metadata(self, name: str, content: str) -> schema.MetadataT:
+        made = schema.MetadataT()
+        made.name, made.buffer = name, self.added(content.encode())
+        return made
 
     def operator(self, operator: Operator) -> schema.OperatorT:
         made = schema.OperatorT()

@@ -85,11 +85,12 @@ class Linear(Pending):
             storage=builder.weight_storage,
             target=builder.target,
         )
-        written = self._written(container, grid)
+        twice = container.rounds_twice(self.operator, builder.target)
+        written = self._written(container, grid) if twice else grid
         real_bias = self.bias + float(grid.zero_point - written.zero_point) * float(grid.scale)
         scale = self._kernel_scale(real_bias, grid, container.finer)
         kernel = self._kernel_constant(builder, container, scale)
-        bias = self._bias_constant(builder, container, real_bias, scale, written)
+        bias = self._bias_constant(builder, real_bias, scale, written, twice=twice)
         inputs = [*self.leading, kernel, self.x.tensor, bias]
         if self.operator != "TRANSPOSE_CONV":
             inputs = [self.x.tensor, kernel, bias]
@@ -106,8 +107,8 @@ class Linear(Pending):
         return builder.capped(clamped, self.bound, name)
 
     def _written(self, container: Container, grid: Grid) -> Grid:
-        """The grid that the operator itself writes on."""
-        if self.activation is not None or not container.rounds_twice(self.operator):
+        """The grid that an operator that rounds twice itself writes on."""
+        if self.activation is not None:
             return grid
         step = np.float64(self.x.tensor.scale[0]) * self.scale * self.x.gain / container.finer
         return from_lowest(step, grid)
@@ -115,14 +116,14 @@ class Linear(Pending):
     def _bias_constant(
         self,
         builder: Builder,
-        container: Container,
         bias: np.ndarray,
         scale: np.ndarray,
         written: Grid,
+        *,
+        twice: bool,
     ) -> Tensor:
         step = np.float64(self.x.tensor.scale[0]) * scale.astype(np.float64)
-        twice, rectified = container.rounds_twice(self.operator), self.activation is not None
-        ahead = early(step, written, rectified=rectified) if twice else 0.0
+        ahead = early(step, written, rectified=self.activation is not None) if twice else 0.0
         limit = 2**31 - 1
         return builder.constant(
             f"{self.name}/bias",

@@ -18,6 +18,8 @@ class Target:
         reads: for the activations' type and an operator, the packed types of kernels that it reads;
             all read int8.
         unpacks: whether DEQUANTIZE and QUANTIZE make int8 kernels of packed constants.
+        fixed_point: whether convolutions with int8 kernels, too, round twice (`qat.ties`), not
+            only those with packed ones.
         arena: whether the kernels are tflite-micro's: they must run the file before it gets its
             name, all memory comes out of one arena, and C sources appear beside the file.
     """
@@ -26,6 +28,7 @@ class Target:
     dense: str = "FULLY_CONNECTED"
     reads: Mapping[tuple[str, str], tuple[str, ...]]
     unpacks: bool = True
+    fixed_point: bool = False
     arena: bool = False
 
 
@@ -47,6 +50,7 @@ TFLM = Target(
     dense="CONV_2D",
     reads={("int8", "CONV_2D"): ("int4",), ("int8", "DEPTHWISE_CONV_2D"): ("int4",)},
     unpacks=False,
+    fixed_point=True,
     arena=True,
 )
 # The TensorFlow Lite 2.16 in Larq Compute Engine 0.16 knows no INT2, and no dense INT4 kernels.

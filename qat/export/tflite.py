@@ -78,7 +78,7 @@ def unchecked(
 ) -> tuple[Graph, bytes]:
     """The operators and bytes of the file that `export_tflite` checks and writes."""
     graph = convert(model, io=io, weight_storage=weight_storage, target=find_target(target))
-    return graph, to_bytes(graph, description=f"qat: {model.name}")
+    return graph, to_bytes(graph, description=f"qat: {model.name}", target=target)
 
 
 def target_notes(model: tf_keras.Model, target: str) -> dict[str, str]:

@@ -37,13 +37,18 @@ def open_runner(
     """The file, loaded by the interpreter that has its operators: LiteRT's or Larq's.
 
     Args:
-        kernels: "default", "optimized" or "reference", see `Runner` and `LarqRunner`.
+        kernels: "default", "optimized" or "reference", see `Runner` and `LarqRunner`. Default ones
+            of a file for tflite-micro are LiteRT's optimized ones, whose convolutions round as
+            those of tflite-micro; XNNPACK's round otherwise.
         threads: None = all cores.
 
     Raises:
         FileError: as `Runner`. UserError: as `require_python`.
     """
-    runner = LarqRunner if runs_on_larq(read_file(path)) else Runner
+    file = read_file(path)
+    if file.target == "tflm" and kernels == "default":
+        kernels = "optimized"
+    runner = LarqRunner if runs_on_larq(file) else Runner
     return runner(path, kernels=kernels, threads=threads)
 
 
