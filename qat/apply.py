@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tensorflow as tf
-import tensorflow_model_optimization as tfmot
 import tf_keras
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
     QuantizeWrapper,
@@ -16,8 +15,6 @@ from qat.loading import from_keras3, is_keras3_model
 from qat.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qat.roles import UnsupportedLayerError
 from qat.scheme import QuantizeScheme
-
-_keras = tfmot.quantization.keras
 
 
 def quantize_model(
@@ -51,11 +48,12 @@ def quantize_model(
     _require_plain(model)
     # 2. Nested models and operator calls become layers, which TFMOT asks for.
     model, origins = as_layers(model)
-    # 3. Every layer is annotated: the recipe decides, not the annotation.
-    annotated = _keras.quantize_annotate_model(model)
-    # 4. Canonical form, decisions, activation quantizers, kernel wrappers.
-    model = _keras.quantize_apply(annotated, QuantizeScheme(recipe, input_range, origins))
-    # 5. Layers forget the models that this one was built from.
+    # 3. Canonical form, decisions, activation quantizers, kernel wrappers. What TFMOT's
+    # `quantize_apply` does with all layers annotated, without the four copies that it makes.
+    everything = {layer.name: {"quantize_config": None} for layer in model.layers}
+    scheme = QuantizeScheme(recipe, input_range, origins)
+    model, _ = scheme.get_layout_transformer().apply(model, everything)
+    # 4. Layers forget the models that this one was built from.
     return _without_stale_nodes(model)
 
 
