@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from qat.canonical import Call, calls, functional, rebuild
+from qat.canonical import Call, calls, functional, rebuild, stand_ins
 from qat.errors import ModelError
 from qat.export.containers import require_weight_storage
 from qat.export.convert import convert
@@ -121,7 +121,7 @@ class TakesExact(tf_keras.layers.Layer):
 
 def _twin(model: tf_keras.Model, quantizes: list[Call]) -> tf_keras.Model:
     """The model, sharing its layers, with another input that replaces each FakeQuantize's value."""
-    exact = {id(call.output): tf_keras.Input(call.output.shape[1:]) for call in quantizes}
+    exact = stand_ins(model, [call.output for call in quantizes])
 
     def visit(call: Call, args: tuple, kwargs: dict) -> Any:
         output = call.layer(*args, **kwargs)

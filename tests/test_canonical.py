@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_models
 import tensorflow as tf
 import tf_keras
 
+import qat
 from qat.canonical import calls, canonicalize, consumers, functional, rebuild
 
 layers = tf_keras.layers
@@ -435,3 +437,18 @@ def test_call_arguments_are_kept():
     model = model_of(build)
     with tf_keras.utils.custom_object_scope({"Scale": Scale}):
         assert_same_function(model, canonicalize(model)[0])
+
+
+def test_inputs_under_the_names_that_keras_takes_next(tmp_path):
+    """As in a model that comes from a file: names of its own, and Keras's counters at 0."""
+    tf_keras.backend.reset_uids()
+    inputs = [layers.Input((6, 6, 2), name=f"input_{number}") for number in range(1, 5)]
+    outputs = layers.Conv2D(3, 3, name="given0")(layers.Concatenate()(inputs))
+    model = small_models.quantized(tf_keras.Model(inputs, outputs))
+    qat.settle_biases(model)
+    data = small_models.data_for(model, 4)
+    path = qat.export_tflite(model, tmp_path / "model.tflite")
+    batches = tf.data.Dataset.from_tensors(tuple(data))
+    verified = qat.verify_tflite(path, model, batches.map(lambda *x: (x, np.zeros(4))))
+    assert verified.layers.rows and not verified.layers.not_compared
+    assert qat.ExactModel(model).predict(data, verbose=0).shape == (4, 4, 4, 3)

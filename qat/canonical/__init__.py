@@ -2,7 +2,7 @@
 
 from qat.canonical.as_layers import as_layers
 from qat.canonical.flatten import leaves
-from qat.canonical.graph import Call, calls, consumers, functional, rebuild
+from qat.canonical.graph import Call, calls, consumers, functional, rebuild, stand_ins
 from qat.canonical.passes import canonicalize
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "functional",
     "leaves",
     "rebuild",
+    "stand_ins",
 ]

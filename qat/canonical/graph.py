@@ -95,6 +95,21 @@ def consumers(model: tf_keras.Model) -> dict[int, list[Call | None]]:
     return readers
 
 
+def stand_ins(model: tf_keras.Model, tensors: Sequence[Any]) -> dict[int, Any]:
+    """{id of a tensor: an input of its shape for a model that is rebuilt without what makes it}.
+
+    Named apart from the model's layers, whose names may be those that Keras would take next.
+    """
+    names = {layer.name for layer in model.layers}
+    prefix = "given"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    return {
+        id(tensor): tf_keras.Input(tensor.shape[1:], name=f"{prefix}{index}")
+        for index, tensor in enumerate(tensors)
+    }
+
+
 def rebuild(
     model: tf_keras.Model,
     visit: Callable[[Call, tuple, dict], Any],

@@ -14,7 +14,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
     QuantizeWrapper,
 )
 
-from qat.canonical import Call, calls, rebuild
+from qat.canonical import Call, calls, rebuild, stand_ins
 from qat.grid import Grid
 from qat.layers import FakeQuantize
 from qat.tflite_file import FileModel, FileTensor
@@ -78,7 +78,7 @@ class KerasCodes:
     @functools.cached_property
     def _cut(self) -> tf_keras.Model:
         """The model cut at its points: (inputs, values at all points) → values at all points."""
-        given = {id(p.call.output): tf_keras.Input(p.call.output.shape[1:]) for p in self.shared}
+        given = stand_ins(self.model, [point.call.output for point in self.shared])
         own = {}
 
         def visit(call, args, kwargs):

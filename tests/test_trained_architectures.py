@@ -1,0 +1,150 @@
+"""Stock architectures that have learned something: quantized through `scripts/quantize.py`.
+
+The classes of an untrained network mean nothing: one of each family is trained here.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import tf_keras
+
+import qat
+from qat import data as qat_data
+from qat.benchmark.architectures import constructors, smallest
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+CLASSES = 10
+pytestmark = pytest.mark.slow
+
+# {one of each family: (epochs, learning rate)} on digits, in its smallest input.
+FAMILIES = {
+    "tf_keras.ConvNeXtTiny": (6, 3e-4),
+    "tf_keras.DenseNet121": (4, 1e-3),
+    "tf_keras.EfficientNetB0": (8, 1e-3),
+    "tf_keras.EfficientNetV2B0": (8, 1e-3),
+    "tf_keras.InceptionResNetV2": (4, 1e-3),
+    "tf_keras.InceptionV3": (4, 1e-3),
+    "tf_keras.MobileNet": (8, 1e-3),
+    "tf_keras.MobileNetV2": (8, 1e-3),
+    "tf_keras.MobileNetV3Small": (10, 1e-3),
+    "tf_keras.NASNetMobile": (6, 1e-3),
+    "tf_keras.RegNetX002": (6, 1e-3),
+    "tf_keras.RegNetY002": (6, 1e-3),
+    "tf_keras.ResNet50": (4, 1e-3),
+    "tf_keras.ResNet50V2": (4, 1e-3),
+    "tf_keras.ResNetRS50": (4, 1e-3),
+    "tf_keras.VGG16": (6, 1e-4),
+    "tf_keras.Xception": (4, 1e-3),
+    "keras.MobileNetV2": (8, 1e-3),
+    "keras.EfficientNetB0": (8, 1e-3),
+}
+# {network: (pixels of a side, training steps)} on Fashion-MNIST.
+ON_CLOTHES = {
+    "MobileNetV2": (96, 500),
+    "ResNet50V2": (64, 300),
+    "EfficientNetB0": (96, 500),
+    "MobileNetV3Small": (96, 800),
+    "DenseNet121": (64, 300),
+}
+
+
+def of_pixels(made: tf_keras.Model) -> tf_keras.Model:
+    """The network for pixels of 0-255."""
+    network = qat.load_model(made)
+    if any(type(layer).__name__ in ("Rescaling", "Normalization") for layer in network.layers):
+        return network  # it does that itself
+    inputs = tf_keras.Input(network.input_shape[1:])
+    scaled = tf_keras.layers.Rescaling(1 / 127.5, -1.0)(inputs)
+    return tf_keras.Model(inputs, network(scaled))
+
+
+def train(network: tf_keras.Model, stream: tf.data.Dataset, steps: int, rate: float) -> None:
+    """Trains in place; batch normalization gets whole averages, since few steps move the EMA's."""
+
+    def in_colour(images, labels):
+        grey = images.shape[-1] == 1
+        return tf.image.grayscale_to_rgb(images) if grey else images, labels
+
+    stream = stream.map(in_colour)
+    schedule = tf_keras.optimizers.schedules.CosineDecay(rate, steps)
+    network.compile(tf_keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy")
+    network.fit(stream, steps_per_epoch=steps, epochs=1, verbose=2)
+    qat.reestimate_batch_norm(network, stream, steps=20)
+
+
+def quantized(path: pathlib.Path, output_dir: pathlib.Path, *flags: str) -> dict:
+    """The report of the program on a model file."""
+    program = PROJECT / "scripts" / "quantize.py"
+    command = [sys.executable, program, f"--model_path={path}", f"--output_dir={output_dir}"]
+    subprocess.run([*command, "--recipe=w8a8", *flags], check=True)
+    return json.loads((output_dir / "report.json").read_text())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_of_each_family(name, tmp_path):
+    """Calibrated alone, the file is within 2 points of float and chooses the model's classes."""
+    epochs, rate = FAMILIES[name]
+    tf_keras.utils.set_random_seed(0)
+    made, side = smallest(constructors()[name])
+    network = of_pixels(made)
+    data = qat_data.load("digits", batch_size=32, image_size=side)
+    train(network, data.train_stream(), epochs * data.steps_per_epoch, rate)
+    network.save(tmp_path / "model.keras")
+    report = quantized(
+        tmp_path / "model.keras", tmp_path / "run", "--dataset=digits", "--qat_epochs=0"
+    )
+    accuracy = report["accuracy"]
+    print(f"{name}: {accuracy}, same class {report['agreement']:.4f}")
+    assert accuracy["float"] > 0.85  # it has learned something
+    assert accuracy["tflite"] >= accuracy["float"] - 0.02
+    assert report["agreement"] >= 0.98
+    assert report["integers_match"]
+    normalized = "ConvNeXt" in name  # layer normalization stays in float, with its reason
+    assert bool(report["tflite"]["float_operators"]) == normalized
+
+
+@pytest.mark.parametrize("name", ON_CLOTHES)
+def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, tmp_path):
+    """On 1,000 images that nothing was trained on."""
+    builder = tfds.builder("fashion_mnist")
+    if not builder.is_prepared():
+        pytest.skip(f"fashion_mnist is not prepared in {builder.data_dir}; set TFDS_DATA_DIR")
+    side, steps = ON_CLOTHES[name]
+    tf_keras.utils.set_random_seed(0)
+    made = getattr(tf_keras.applications, name)(
+        weights=None, input_shape=(side, side, 3), classes=CLASSES
+    )
+    network = of_pixels(made)
+
+    def resized(example):
+        return tf.image.resize(tf.cast(example["image"], tf.float32), (side, side)), example[
+            "label"
+        ]
+
+    seen = builder.as_dataset(split="train[:50000]").map(resized).repeat().shuffle(2000, seed=0)
+    train(network, seen.batch(32), steps, 1e-3)
+    network.save(tmp_path / "model.keras")
+    others = builder.as_dataset(split="train[50000:55000]").map(resized)
+    x, y = next(iter(others.batch(5000)))
+    x = tf.image.grayscale_to_rgb(x).numpy().round().astype(np.uint8)
+    np.savez(tmp_path / "data.npz", x=x, y=y.numpy())
+    source, accuracy = f"--calibration_data={tmp_path}/data.npz", {}
+    for epochs in (0, 1):
+        report = quantized(
+            tmp_path / "model.keras", tmp_path / str(epochs), source, f"--qat_epochs={epochs}"
+        )
+        assert report["integers_match"] and report["tflite"]["float_operators"] == []
+        assert report["num_eval_examples"] == 1000
+        accuracy[epochs] = report["accuracy"]
+    print(f"{name}: calibrated {accuracy[0]}, trained {accuracy[1]}")
+    assert accuracy[0]["float"] > 0.7
+    assert accuracy[0]["tflite"] >= accuracy[0]["float"] - 0.01
+    assert accuracy[1]["tflite"] >= accuracy[0]["float"]
