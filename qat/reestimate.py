@@ -38,7 +38,8 @@ def reestimate_batch_norm(
 
     Raises:
         QatError: as `qat.batches.input_batches`, e.g. an empty dataset.
-        ModelError: activations that are not finite.
+        ModelError: activations that are not finite, or a nested model, whose batch normalizations
+            could not be measured.
     """
     measure_batch_norm(model, dataset, steps, infer)
     return model
@@ -49,6 +50,7 @@ def measure_batch_norm(
 ) -> None:
     """`reestimate_batch_norm` with all other layers called by `visit`."""
     network = functional(model)
+    _require_flat(network)
     found = {id(_inner(call)): _inner(call) for call in calls(network) if _is_measured(call)}
     norms = list(found.values())
     if not norms:
@@ -71,6 +73,15 @@ def measure_batch_norm(
     for norm in norms:
         norm.moving_mean.assign((next(means) / count).astype(np.float32))
         norm.moving_variance.assign((next(means) / count).astype(np.float32))
+
+
+def _require_flat(network: tf_keras.Model) -> None:
+    for layer in network.layers:
+        if isinstance(layer, tf_keras.Model):
+            raise ModelError(
+                f"layer {layer.name!r} is a model of its own; batch normalizations inside it are "
+                "not measured: quantize the model first, which flattens it"
+            )
 
 
 def _inner(call: Call) -> tf_keras.layers.Layer:

@@ -90,3 +90,11 @@ def test_statistics_that_are_no_numbers_are_refused():
     for name, weights in zip(("norm1", "norm2"), before, strict=True):
         for one, other in zip(weights, spoiled.get_layer(name).get_weights(), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_a_nested_model_is_named():
+    inner = tf_keras.Sequential([layers.Input((4,)), layers.BatchNormalization()], name="inner")
+    x = tf_keras.Input((4,))
+    outer = tf_keras.Model(x, inner(x))
+    with pytest.raises(ModelError, match="layer 'inner' is a model.*quantize the model first"):
+        qat.reestimate_batch_norm(outer, tf.data.Dataset.from_tensors(np.zeros((16, 4), "f4")))

@@ -56,32 +56,32 @@ ON_CLOTHES = {
 }
 
 
-def of_pixels(made: tf_keras.Model) -> tf_keras.Model:
-    """The network for pixels of 0-255."""
-    network = qat.load_model(made)
-    if any(type(layer).__name__ in ("Rescaling", "Normalization") for layer in network.layers):
-        return network  # it does that itself
-    inputs = tf_keras.Input(network.input_shape[1:])
-    scaled = tf_keras.layers.Rescaling(1 / 127.5, -1.0)(inputs)
-    return tf_keras.Model(inputs, network(scaled))
+def input_range(network: tf_keras.Model) -> tuple[float, float]:
+    """What pixels 0 and 255 become for it: unless it scales them itself, -1 and 1."""
+    kinds = {type(layer).__name__ for layer in network.layers}
+    return (0.0, 255.0) if kinds & {"Rescaling", "Normalization"} else (-1.0, 1.0)
 
 
 def train(network: tf_keras.Model, stream: tf.data.Dataset, steps: int, rate: float) -> None:
     """Trains in place; batch normalization gets whole averages, since few steps move the EMA's."""
+    low, high = input_range(network)
 
-    def in_colour(images, labels):
+    def prepared(images, labels):
         grey = images.shape[-1] == 1
-        return tf.image.grayscale_to_rgb(images) if grey else images, labels
+        images = tf.image.grayscale_to_rgb(images) if grey else images
+        return images / 255.0 * (high - low) + low, labels
 
-    stream = stream.map(in_colour)
+    stream = stream.map(prepared)
     schedule = tf_keras.optimizers.schedules.CosineDecay(rate, steps)
     network.compile(tf_keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy")
     network.fit(stream, steps_per_epoch=steps, epochs=1, verbose=2)
     qat.reestimate_batch_norm(network, stream, steps=20)
 
 
-def quantized(path: pathlib.Path, output_dir: pathlib.Path, *flags: str) -> dict:
+def quantized(network: tf_keras.Model, output_dir: pathlib.Path, *flags: str) -> dict:
     """The report of the program on a model file."""
+    path = output_dir.with_suffix(".keras")
+    network.save(path)
     program = PROJECT / "scripts" / "quantize.py"
     command = [sys.executable, program, f"--model_path={path}", f"--output_dir={output_dir}"]
     subprocess.run([*command, "--recipe=w8a8", *flags], check=True)
@@ -94,13 +94,11 @@ def test_one_of_each_family(name, tmp_path):
     epochs, rate = FAMILIES[name]
     tf_keras.utils.set_random_seed(0)
     made, side = smallest(constructors()[name])
-    network = of_pixels(made)
+    network = qat.load_model(made)
     data = qat_data.load("digits", batch_size=32, image_size=side)
     train(network, data.train_stream(), epochs * data.steps_per_epoch, rate)
-    network.save(tmp_path / "model.keras")
-    report = quantized(
-        tmp_path / "model.keras", tmp_path / "run", "--dataset=digits", "--qat_epochs=0"
-    )
+    pixels = "--input_range={},{}".format(*input_range(network))
+    report = quantized(network, tmp_path / "run", "--dataset=digits", "--qat_epochs=0", pixels)
     accuracy = report["accuracy"]
     print(f"{name}: {accuracy}, same class {report['agreement']:.4f}")
     assert accuracy["float"] > 0.85  # it has learned something
@@ -122,7 +120,8 @@ def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, tmp_p
     made = getattr(tf_keras.applications, name)(
         weights=None, input_shape=(side, side, 3), classes=CLASSES
     )
-    network = of_pixels(made)
+    network = qat.load_model(made)
+    low, high = input_range(network)
 
     def resized(example):
         return tf.image.resize(tf.cast(example["image"], tf.float32), (side, side)), example[
@@ -131,16 +130,13 @@ def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, tmp_p
 
     seen = builder.as_dataset(split="train[:50000]").map(resized).repeat().shuffle(2000, seed=0)
     train(network, seen.batch(32), steps, 1e-3)
-    network.save(tmp_path / "model.keras")
     others = builder.as_dataset(split="train[50000:55000]").map(resized)
     x, y = next(iter(others.batch(5000)))
-    x = tf.image.grayscale_to_rgb(x).numpy().round().astype(np.uint8)
+    x = (tf.image.grayscale_to_rgb(x) / 255.0 * (high - low) + low).numpy()
     np.savez(tmp_path / "data.npz", x=x, y=y.numpy())
     source, accuracy = f"--calibration_data={tmp_path}/data.npz", {}
     for epochs in (0, 1):
-        report = quantized(
-            tmp_path / "model.keras", tmp_path / str(epochs), source, f"--qat_epochs={epochs}"
-        )
+        report = quantized(network, tmp_path / f"run{epochs}", source, f"--qat_epochs={epochs}")
         assert report["integers_match"] and report["tflite"]["float_operators"] == []
         assert report["num_eval_examples"] == 1000
         accuracy[epochs] = report["accuracy"]
