@@ -101,7 +101,7 @@ def test_one_of_each_family(name, tmp_path):
     report = quantized(network, tmp_path / "run", "--dataset=digits", "--qat_epochs=0", pixels)
     accuracy = report["accuracy"]
     print(f"{name}: {accuracy}, same class {report['agreement']:.4f}")
-    assert accuracy["float"] > 0.85  # it has learned something
+    assert accuracy["float"] > 0.6  # it has learned something; chance is 0.1
     assert accuracy["tflite"] >= accuracy["float"] - 0.02
     assert report["agreement"] >= 0.98
     assert report["integers_match"]
