@@ -10,7 +10,7 @@ import tensorflow_model_optimization as tfmot
 import tf_keras
 
 from qat import configs
-from qat.canonical import calls, canonicalize
+from qat.canonical import calls, canonicalize, functional
 from qat.canonical.fold import fold_forward
 from qat.layers import QuantizedPReLU
 from qat.placement import NOT_ANNOTATED, Decision, place_quantizers
@@ -91,6 +91,7 @@ class LayoutTransform(_keras.QuantizeLayoutTransform):
 
     def apply(self, model: tf_keras.Model, layer_quantize_map: dict) -> tuple:
         # 1. One layer per operator.
+        model = functional(model)  # a Sequential does not count its input among its layers
         given = {layer.name: layer for layer in model.layers}
         model, origins = canonicalize(model)
         origins = {name: given[origin] for name, origin in origins.items()}

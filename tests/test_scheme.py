@@ -865,6 +865,18 @@ def test_partially_annotated_models():
     np.testing.assert_array_equal(first(x), float_first(x))
 
 
+@pytest.mark.parametrize("first", ["an input", "an annotated layer"])
+def test_a_sequential_model_annotated_in_part(first):
+    """As TFMOT's guide writes it."""
+    head = [layers.Input((8, 8, 1))] if first == "an input" else []
+    shape = {} if head else {"input_shape": (8, 8, 1)}
+    conv = keras.quantize_annotate_layer(layers.Conv2D(4, 3, name="conv", **shape))
+    rest = [layers.ReLU(), layers.Flatten(), layers.Dense(3, name="dense")]
+    applied = keras.quantize_apply(tf_keras.Sequential([*head, conv, *rest]), scheme("w8a8"))
+    assert set(kernel_quantizers(applied)) == {"conv"}
+    assert applied(np.ones((2, 8, 8, 1), np.float32)).shape == (2, 3)
+
+
 def test_a_given_config_goes_before_the_recipe():
     inputs = tf_keras.Input((8, 8, 3))
     config = configs.LayerQuantizeConfig(weights=TensorSpec(bits=3, per_channel=False))
