@@ -217,8 +217,8 @@ def _of_kernels(recipe: str, levels: dict[str, int], bits: dict[str, int]) -> li
 
 def _of_outputs(outputs: dict[str, np.ndarray]) -> list[str]:
     problems = []
-    if len(np.unique(outputs["model"], axis=0)) < 2:
-        problems.append("the model gives all images the same output: nothing was compared")
+    if len(np.unique(outputs["model"].argmax(-1))) < 2:
+        problems.append("the model puts all images into one class: nothing was compared")
     if "simulator" in outputs:
         different = int((outputs["simulator"] != outputs["reference"]).sum())
         if different:
