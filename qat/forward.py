@@ -44,6 +44,26 @@ def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
     return call.layer(*args, **kwargs)
 
 
+def predictor(model: tf_keras.Model) -> Callable[[Sequence[tf.Tensor]], Any]:
+    """The model in inference, traced once for batches of all sizes.
+
+    Left alone, TensorFlow traces again for the last batch, which is smaller.
+
+    Returns:
+        From a list of the inputs to the outputs, in the model's structure.
+    """
+    specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in model.inputs]
+
+    @tf.function(input_signature=[specs])
+    def predict(inputs: list[tf.Tensor]) -> Any:
+        return model(inputs if len(inputs) > 1 else inputs[0], training=False)
+
+    def cast_and_predict(inputs: Sequence[tf.Tensor]) -> Any:
+        return predict([tf.cast(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)])
+
+    return cast_and_predict
+
+
 def traced_if_repeated(function: Callable) -> Callable:
     """The function for one batch after another: the first runs as it is, the rest as a graph.
 

@@ -26,6 +26,7 @@ from qat.export.micro import arena_bytes, require_tflite_micro
 from qat.export.target import find_target
 from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
+from qat.forward import predictor
 from qat.job import QatJob
 from qat.objective import Objective
 from qat.output import begin, drop_checkpoints, run_folder
@@ -248,7 +249,7 @@ class QatRun:
 
 def _accuracy(model: tf_keras.Model, dataset: tf.data.Dataset) -> float:
     metric = tf_keras.metrics.SparseCategoricalAccuracy()
-    predict = tf.function(lambda x: model(x, training=False))
+    predict = predictor(model)
     for x, y in dataset:
-        metric.update_state(y, predict(x))
+        metric.update_state(y, predict([x]))
     return float(metric.result())

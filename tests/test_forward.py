@@ -8,7 +8,7 @@ import tensorflow as tf
 import tf_keras
 from small_models import branches, data_for, model_of, residual
 
-from qat.forward import forward, in_mode, infer
+from qat.forward import forward, in_mode, infer, predictor
 
 layers = tf_keras.layers
 
@@ -27,6 +27,24 @@ def test_the_models_own_outputs(build, shape):
     np.testing.assert_allclose(found, model(x[0], training=False), rtol=1e-6, atol=1e-6)
     assert sorted(seen) == sorted(layer.name for layer in model.layers[1:])
     assert tf_keras.Model(model.inputs, model.layers[-2].output)(x[0]).shape[0] == 4
+
+
+def test_batches_of_all_sizes_are_predicted_by_one_trace():
+    traced = []
+
+    @tf_keras.utils.register_keras_serializable("test")
+    class Counted(layers.Layer):
+        def call(self, x):
+            traced.append(x.shape)
+            return 2 * x
+
+    one, two = tf_keras.Input([3]), tf_keras.Input([3], dtype=tf.int32)
+    model = tf_keras.Model([one, two], {"sum": Counted()(one) + tf.cast(two, tf.float32)})
+    predict, built = predictor(model), len(traced)
+    for size in (4, 4, 1):
+        found = predict([tf.ones([size, 3]), 3 * tf.ones([size, 3])])
+        np.testing.assert_array_equal(found["sum"], np.full([size, 3], 5.0))
+    assert len(traced) == built + 1
 
 
 def test_calls_can_be_replaced():

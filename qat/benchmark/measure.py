@@ -11,6 +11,7 @@ import tensorflow as tf
 import tf_keras
 
 from qat import configs
+from qat.forward import predictor
 from qat.verify.interpreter import Runner
 
 BATCH_SIZE = 1000
@@ -18,8 +19,9 @@ BATCH_SIZE = 1000
 
 def model_classes(model: tf_keras.Model, images: tf.data.Dataset) -> np.ndarray:
     """The class that the model picks for each example of batches (x, y): int64 (examples,)."""
-    predict = tf.function(lambda x: tf.argmax(model(x, training=False), axis=-1))
-    return np.concatenate([predict(x).numpy() for x, _ in images.rebatch(BATCH_SIZE)])
+    predict = predictor(model)
+    batches = images.rebatch(BATCH_SIZE)
+    return np.concatenate([predict([x]).numpy().argmax(-1) for x, _ in batches])
 
 
 def file_classes(path: str | os.PathLike, images: tf.data.Dataset) -> np.ndarray:

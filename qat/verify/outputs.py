@@ -10,6 +10,7 @@ import tensorflow as tf
 import tf_keras
 
 from qat.errors import QatError
+from qat.forward import predictor
 from qat.tflite_file import FileError, FileModel, FileTensor
 from qat.verify.differences import Difference, difference
 from qat.verify.interpreter import Codes, Runner
@@ -85,7 +86,7 @@ def run_all(
         FileError: the file cannot be run on the data, or its outputs are not the model's.
         QatError: an empty dataset.
     """
-    predict = tf.function(lambda x: model(x, training=False))
+    predict = predictor(model)
     from_file, from_model, labels, first = [], [], [], []
     for batch in dataset:
         x, y = (*batch, None)[:2] if isinstance(batch, tuple) else (batch, None)
@@ -94,7 +95,7 @@ def run_all(
         if sum(len(parts[0]) for parts in first) < keep:
             first.append(arrays)
         from_file.append(runner.run(*arrays))
-        outputs = tf.nest.flatten(predict(x if len(x) > 1 else x[0]))
+        outputs = tf.nest.flatten(predict(x))
         from_model.append([output.numpy().astype(np.float32) for output in outputs])
         _require_same_shapes(runner.path, from_file[-1], from_model[-1])
         labels.append(None if y is None or tf.nest.is_nested(y) else np.asarray(y))
