@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 import tf_keras
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_annotate import (
+    QuantizeAnnotate,
+)
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
     QuantizeWrapper,
 )
@@ -14,7 +17,7 @@ from qat.layers import FakeQuantize
 from qat.loading import from_keras3, is_keras3_model
 from qat.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qat.roles import UnsupportedLayerError
-from qat.scheme import QuantizeScheme
+from qat.scheme import LayoutTransform
 
 
 def quantize_model(
@@ -46,21 +49,26 @@ def quantize_model(
         model = from_keras3(model)
     model = functional(model)
     _require_plain(model)
-    # 2. Nested models and operator calls become layers, which TFMOT asks for.
+    # 2. Nested models and operator calls become layers.
     model, origins = as_layers(model)
     # 3. Canonical form, decisions, activation quantizers, kernel wrappers. What TFMOT's
     # `quantize_apply` does with all layers annotated, without the four copies that it makes.
     everything = {layer.name: {"quantize_config": None} for layer in model.layers}
-    scheme = QuantizeScheme(recipe, input_range, origins)
-    model, _ = scheme.get_layout_transformer().apply(model, everything)
+    model, _ = LayoutTransform(recipe, input_range, origins).apply(model, everything)
     # 4. Layers forget the models that this one was built from.
     return _without_stale_nodes(model)
 
 
 def _require_plain(model: tf_keras.Model) -> None:
-    """Refuses layers that TFMOT's cloning would stumble over, by name."""
+    """Refuses layers that cannot be copied, or are not the float model's own, by name."""
     for layer in leaves(model):
         kind = type(layer).__name__
+        if isinstance(layer, QuantizeAnnotate):
+            raise ModelError(
+                f"layer {layer.layer.name!r} is annotated for TFMOT; quantize this model with "
+                "tfmot.quantization.keras.quantize_apply(model, scheme=qat.scheme(…)), or give "
+                "quantize_model the model without annotations"
+            )
         if isinstance(layer, FakeQuantize | QuantizeWrapper):
             raise ModelError(
                 f"model {model.name!r} is already quantized (layer {layer.name!r}); quantize the "

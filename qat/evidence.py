@@ -99,9 +99,15 @@ def _departure(layers: LayerComparison, pair: str) -> dict[str, Any] | None:
 def _latency(file: FileModel, measured: list[Latency]) -> dict[str, Any]:
     return {
         "machine": machine(),
-        "interpreter": "Larq Compute Engine" if runs_on_larq(file) else "LiteRT",
+        "interpreter": _interpreter(file),
         "measurements": [dataclasses.asdict(latency) for latency in measured],
     }
+
+
+def _interpreter(file: FileModel) -> str:
+    if runs_on_larq(file):
+        return "Larq Compute Engine"
+    return "LiteRT without XNNPACK" if file.target == "tflm" else "LiteRT"
 
 
 def _storage(file: FileModel, path: str | os.PathLike, measured: list[Latency]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class ExactModel(tf_keras.Model):
 
     Raises:
         ExportError: the model cannot be exported, or an unknown target or weight_storage.
-        ModelError: its file computes in float somewhere, or has an output that is no tensor of
-            the file.
+        ModelError: its file computes in float somewhere, has bit-packed convolutions (target lce),
+            or an output that is no tensor of the file.
     """
 
     def __init__(

@@ -44,22 +44,25 @@ def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
     return call.layer(*args, **kwargs)
 
 
-def predictor(model: tf_keras.Model) -> Callable[[Sequence[tf.Tensor]], Any]:
+def predictor(model: tf_keras.Model) -> Callable[[Any], Any]:
     """The model in inference, traced once for batches of all sizes.
 
     Left alone, TensorFlow traces again for the last batch, which is smaller.
 
     Returns:
-        From a list of the inputs to the outputs, in the model's structure.
+        From the inputs (one tensor, or several in the model's order, in any structure) to the
+        outputs in the model's structure.
     """
-    specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in model.inputs]
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in model.inputs]
+    any_size = all(spec.shape[0] is None for spec in specs)
 
-    @tf.function(input_signature=[specs])
+    @tf.function(input_signature=[specs] if any_size else None)
     def predict(inputs: list[tf.Tensor]) -> Any:
         return model(inputs if len(inputs) > 1 else inputs[0], training=False)
 
-    def cast_and_predict(inputs: Sequence[tf.Tensor]) -> Any:
-        return predict([tf.cast(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)])
+    def cast_and_predict(inputs: Any) -> Any:
+        flat = zip(tf.nest.flatten(inputs), specs, strict=True)
+        return predict([tf.cast(x, spec.dtype) for x, spec in flat])
 
     return cast_and_predict
 

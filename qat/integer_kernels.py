@@ -51,7 +51,7 @@ def scale_or_bias_mismatch(
 ) -> str | None:
     """Compares a kernel's scales, and its biases in units of those.
 
-    early: the file's bias is as much below the model's as INT4 kernels round up too early.
+    early: the file's bias is as much below the model's as kernels that round twice are early.
     """
     channels = len(kernel.scale)
     step, bias = np.broadcast_to(step, channels), np.broadcast_to(bias, channels)
@@ -74,10 +74,28 @@ def scale_or_bias_mismatch(
     return None
 
 
-def output_of(call: Call, readers: dict[int, list[Call | None]]) -> tuple[Grid | None, bool]:
+def requantization(
+    call: Call,
+    readers: dict[int, list[Call | None]],
+    kernel: FileTensor,
+    operator: FileOperator,
+    file: FileModel,
+) -> tuple[float, bool, str | None]:
+    """(by how much an operator's output lies above the model's, whether it reaches codes early,
+    what is wrong with its way back onto the grid or None).
+
+    Args:
+        call: of the layer. readers: of each tensor of the model. kernel: as the operator reads it.
+    """
+    grid, rectified = _output_of(call, readers)
+    moved, reason = _moved_by(operator, grid, file)
+    return moved, _rounds_early(kernel, operator, grid, rectified, file.target), reason
+
+
+def _output_of(call: Call, readers: dict[int, list[Call | None]]) -> tuple[Grid | None, bool]:
     """(grid of the operator's output, whether a ReLU is fused in); None = not on a grid."""
     quantizer, weights, rectified = None, {}, False
-    if call.layer._output_quantizers:  # the wrapped layer's own config has one
+    if getattr(call.layer, "_output_quantizers", None):  # the wrapped layer's own config has one
         (quantizer,), weights = call.layer._output_quantizers, call.layer._output_quantizer_vars
         rectified = call.layer.layer.activation is not tf_keras.activations.linear
     while quantizer is None:
@@ -92,7 +110,7 @@ def output_of(call: Call, readers: dict[int, list[Call | None]]) -> tuple[Grid |
         return quantizer.grid(weights).numpy(), rectified
 
 
-def moved_by(
+def _moved_by(
     operator: FileOperator, grid: Grid | None, file: FileModel
 ) -> tuple[float, str | None]:
     """(by how much an operator's output lies above the model's, what is wrong with that or None).
@@ -117,7 +135,7 @@ def moved_by(
     return moved, None
 
 
-def rounds_early(
+def _rounds_early(
     kernel: FileTensor,
     operator: FileOperator,
     grid: Grid | None,

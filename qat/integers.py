@@ -24,10 +24,8 @@ from qat.integer_kernels import (
     channels_last,
     channels_last_of_file,
     folded_factors,
-    moved_by,
-    output_of,
     per_channel,
-    rounds_early,
+    requantization,
     scale_or_bias_mismatch,
     values_of_codes,
 )
@@ -87,7 +85,7 @@ class _Comparison:
         if isinstance(call.layer, LearnedSlope | QuantizedPReLU):
             return self.slope_mismatches(call.layer)
         if isinstance(call.layer, LearnedShift):
-            return self.shift_mismatches(call.layer)
+            return self.shift_mismatches(call)
         if not isinstance(call.layer, FakeQuantize):
             return []
         signs = isinstance(call.layer.quantizer, BinaryActivationQuantizer)
@@ -166,11 +164,9 @@ class _Comparison:
         bias = self.bias(layer, multiplier, offset)
         if kernel.dtype == larq_file.BIT:
             return larq_file.convolution_mismatch(op, step, bias)
-        grid, rectified = output_of(call, self.readers)
-        moved, reason = moved_by(op, grid, self.file)
+        moved, early, reason = requantization(call, self.readers, kernel, op, self.file)
         if reason is not None:
             return reason
-        early = rounds_early(kernel, op, grid, rectified, self.file.target)
         return scale_or_bias_mismatch(kernel, op, step, bias + moved, early=early)
 
     def sign_mismatches(self, call: Call) -> list[str]:
@@ -238,9 +234,9 @@ class _Comparison:
             return [f"{name}: {different} of {codes.size} slopes differ, or their scale"]
         return []
 
-    def shift_mismatches(self, layer: LearnedShift) -> list[str]:
+    def shift_mismatches(self, call: Call) -> list[str]:
         """The affine operator must multiply by one and add the layer's shifts."""
-        name = f"{layer.name}/kernel"
+        name = f"{call.layer.name}/kernel"
         operator = self.operator_reading(name)
         if operator is None:
             return [f"{name} is missing from the file"]
@@ -248,7 +244,9 @@ class _Comparison:
         code = kernel.data.reshape(-1).astype(float)
         if (code <= 0).any() or kernel.zero_point.any():
             return [f"{name}: not a multiplication by one"]
-        reason = scale_or_bias_mismatch(kernel, operator, 1 / code, layer.shift.numpy())
+        moved, early, reason = requantization(call, self.readers, kernel, operator, self.file)
+        shifts = call.layer.shift.numpy() + moved
+        reason = reason or scale_or_bias_mismatch(kernel, operator, 1 / code, shifts, early=early)
         return [] if reason is None else [f"{name}: {reason}"]
 
     def operator_reading(self, name: str) -> FileOperator | None:

@@ -251,5 +251,5 @@ def _accuracy(model: tf_keras.Model, dataset: tf.data.Dataset) -> float:
     metric = tf_keras.metrics.SparseCategoricalAccuracy()
     predict = predictor(model)
     for x, y in dataset:
-        metric.update_state(y, predict([x]))
+        metric.update_state(y, predict(x))
     return float(metric.result())

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras
 
 from qat.batches import input_batches
-from qat.canonical import Call, calls, functional
+from qat.canonical import Call, calls, functional, leaves
 from qat.errors import ModelError
 from qat.forward import Visit, forward, infer, traced_if_repeated
 
@@ -38,8 +38,8 @@ def reestimate_batch_norm(
 
     Raises:
         QatError: as `qat.batches.input_batches`, e.g. an empty dataset.
-        ModelError: activations that are not finite, or a nested model, whose batch normalizations
-            could not be measured.
+        ModelError: activations that are not finite, or a nested model with batch normalizations
+            that train, which would not be measured.
     """
     measure_batch_norm(model, dataset, steps, infer)
     return model
@@ -77,7 +77,8 @@ def measure_batch_norm(
 
 def _require_flat(network: tf_keras.Model) -> None:
     for layer in network.layers:
-        if isinstance(layer, tf_keras.Model):
+        nested = leaves(layer) if isinstance(layer, tf_keras.Model) else ()
+        if any(isinstance(leaf, BatchNormalization) and leaf.trainable for leaf in nested):
             raise ModelError(
                 f"layer {layer.name!r} is a model of its own; batch normalizations inside it are "
                 "not measured: quantize the model first, which flattens it"

@@ -49,8 +49,9 @@ def settle_biases(
     normalization leaves. Left to the export, that rounding is the largest difference between model
     and file: where a sign or a 4-bit grid follows, it moves codes. Here the model takes it over:
     the batch norm's beta (else the layer's own bias) changes by at most S / 2. Convolutions with
-    packed kernels reach 8-bit codes up to S early: the model's bias is that much above the file's
-    (`qat.ties.early`). In a file of another storage or target biases are up to S off. A layer with
+    packed kernels, and all of target tflm, reach 8-bit codes up to S early: the model's bias is
+    that much above the file's (`qat.ties.early`). In a file of another storage or target biases are
+    up to S / 2 off. A layer with
     neither bias nor beta has nothing to settle. Biases of 1-bit kernels that read signs move up to
     63 S farther, less than 1/8 of an output step, to where all of LiteRT's kernels round all sums
     alike (`qat.ties.away_from_ties`). Call it when training is over; a second call changes nothing.

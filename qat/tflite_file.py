@@ -52,8 +52,11 @@ class FileOperator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileModel:
-    """The main subgraph of a file, and the target that it says it was written for; None in files
-    that are not ours."""
+    """The main subgraph of a file.
+
+    Attributes:
+        target: that the file says it was written for; None in files that are not ours.
+    """
 
     tensors: tuple[FileTensor, ...]
     operators: tuple[FileOperator, ...]

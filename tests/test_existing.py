@@ -103,6 +103,24 @@ def test_two_inputs_two_outputs_two_losses(files, tmp_path):
     assert report["loss"]["tflite"] == pytest.approx(report["loss"]["qat"], rel=0.02)
 
 
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_a_classifier_of_several_inputs(as_dictionary, files, tmp_path):
+    first, second = layers.Input((8,), name="first"), layers.Input((6, 4), name="second")
+    joined = layers.Concatenate()([layers.Dense(8, "relu")(first), layers.Flatten()(second)])
+    inputs = {"second": second, "first": first} if as_dictionary else [first, second]
+    model = tf_keras.Model(inputs, layers.Dense(3, "softmax", name="kind")(joined))
+    model.save(tmp_path / "model.keras")
+    with np.load(files / "regression.npz") as data:
+        arrays = {"first": data["first"], "second": data["second"], "y": data["kind"]}
+    np.savez(tmp_path / "data.npz", **arrays)
+    report = run(tmp_path, tmp_path, "model.keras", "data.npz", qat_epochs=0)
+    held_out = np.random.default_rng(0).permutation(40)[:8]
+    labels = arrays.pop("y")[held_out]
+    picked = model({name: x[held_out] for name, x in arrays.items()}).numpy().argmax(-1)
+    expected = (picked == labels).mean()
+    assert report["accuracy"]["float"] == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_without_targets_it_is_calibrated_alone(files, tmp_path):
     report = run(files, tmp_path, "regression.keras", "inputs.npz", qat_epochs=None)

@@ -98,3 +98,14 @@ def test_a_nested_model_is_named():
     outer = tf_keras.Model(x, inner(x))
     with pytest.raises(ModelError, match="layer 'inner' is a model.*quantize the model first"):
         qat.reestimate_batch_norm(outer, tf.data.Dataset.from_tensors(np.zeros((16, 4), "f4")))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_nested_models_without_anything_to_measure(trains):
+    inside = [] if trains else [layers.BatchNormalization()]
+    inner = tf_keras.Sequential([layers.Input((4,)), layers.GaussianNoise(0.1), *inside])
+    inner.trainable = trains
+    x, norm = tf_keras.Input((4,)), layers.BatchNormalization()
+    data = np.random.default_rng(0).normal(3.0, 1.0, (16, 4)).astype(np.float32)
+    qat.reestimate_batch_norm(tf_keras.Model(x, norm(inner(x))), tf.data.Dataset.from_tensors(data))
+    np.testing.assert_allclose(norm.moving_mean, data.mean(0), rtol=2e-3)

@@ -18,6 +18,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 from qat import configs, quantizers
 from qat.apply import quantize_model
 from qat.canonical import calls
+from qat.errors import ModelError
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.operator_layers import (
     Affine,
@@ -200,7 +201,7 @@ def models(float_model, snapshot):
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w1a1"])
 def test_quantize_apply_gives_the_same_model(float_model, models, recipe):
-    """`quantize_model` is no more than TFMOT's annotate and apply with our scheme."""
+    """`quantize_model` gives what TFMOT's annotate and apply give with our scheme."""
     annotated = keras.quantize_annotate_model(float_model)
     applied = keras.quantize_apply(annotated, scheme=scheme(recipe))
     x = images(float_model)
@@ -875,6 +876,13 @@ def test_a_sequential_model_annotated_in_part(first):
     applied = keras.quantize_apply(tf_keras.Sequential([*head, conv, *rest]), scheme("w8a8"))
     assert set(kernel_quantizers(applied)) == {"conv"}
     assert applied(np.ones((2, 8, 8, 1), np.float32)).shape == (2, 3)
+
+
+def test_an_annotated_model_is_told_the_way_to_go():
+    inputs = tf_keras.Input((8, 8, 1))
+    x = keras.quantize_annotate_layer(layers.Conv2D(4, 3, name="conv"))(inputs)
+    with pytest.raises(ModelError, match="'conv' is annotated.*quantize_apply"):
+        quantize_model(tf_keras.Model(inputs, x))
 
 
 def test_a_given_config_goes_before_the_recipe():

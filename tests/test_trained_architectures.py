@@ -124,9 +124,8 @@ def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, tmp_p
     low, high = input_range(network)
 
     def resized(example):
-        return tf.image.resize(tf.cast(example["image"], tf.float32), (side, side)), example[
-            "label"
-        ]
+        image = tf.cast(example["image"], tf.float32)
+        return tf.image.resize(image, (side, side)), example["label"]
 
     seen = builder.as_dataset(split="train[:50000]").map(resized).repeat().shuffle(2000, seed=0)
     train(network, seen.batch(32), steps, 1e-3)

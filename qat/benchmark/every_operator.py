@@ -33,8 +33,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int) -> tf_keras.Model
     x = layers.Concatenate(name="concat")([pooled, strided])
     x = layers.Conv2DTranspose(32, 2, strides=2, activation="relu", name="transposed")(x)
     x = layers.GlobalAveragePooling2D(name="global_average")(x)
-    x = layers.BatchNormalization(momentum=_MOMENTUM, name="centred")(
-        x
-    )  # a sign tells averages of ReLUs nothing
+    # A sign would tell averages of ReLUs nothing.
+    x = layers.BatchNormalization(momentum=_MOMENTUM, name="centred")(x)
     x = layers.Dense(32, activation="relu", name="hidden")(x)
     return tf_keras.Model(image, layers.Dense(num_classes, name="logits")(x), name=NAME)

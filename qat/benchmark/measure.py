@@ -21,7 +21,7 @@ def model_classes(model: tf_keras.Model, images: tf.data.Dataset) -> np.ndarray:
     """The class that the model picks for each example of batches (x, y): int64 (examples,)."""
     predict = predictor(model)
     batches = images.rebatch(BATCH_SIZE)
-    return np.concatenate([predict([x]).numpy().argmax(-1) for x, _ in batches])
+    return np.concatenate([predict(x).numpy().argmax(-1) for x, _ in batches])
 
 
 def file_classes(path: str | os.PathLike, images: tf.data.Dataset) -> np.ndarray:

@@ -218,7 +218,7 @@ def _of_kernels(recipe: str, levels: dict[str, int], bits: dict[str, int]) -> li
 def _of_outputs(outputs: dict[str, np.ndarray]) -> list[str]:
     problems = []
     if len(np.unique(outputs["model"].argmax(-1))) < 2:
-        problems.append("the model puts all images into one class: nothing was compared")
+        problems.append("the model puts all images into one class, so the same class says nothing")
     if "simulator" in outputs:
         different = int((outputs["simulator"] != outputs["reference"]).sum())
         if different:

@@ -1,4 +1,4 @@
-"""Any functional model as plain layers: what TFMOT can annotate."""
+"""Any functional model as plain layers: what rules name, and TFMOT can annotate."""
 
 from __future__ import annotations
 

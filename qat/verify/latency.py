@@ -31,7 +31,8 @@ class Latency:
 
 
 def latencies(path: str | os.PathLike) -> list[Latency]:
-    """With one thread, then with one for each core; on default kernels and inputs of zeros.
+    """With one thread, then with one for each core; on default kernels (`open_runner`) and
+    inputs of zeros.
 
     50 runs, less of a file that takes more than 40 ms: 2 seconds' worth, 3 at least.
 

@@ -6,10 +6,12 @@ the pair's kernels gave, so that only the layer's own arithmetic is left.
 
 | pair | first | second | on its own |
 |---|---|---|---|
-| keras_default | Keras model | default kernels (XNNPACK) | Keras reads the second's codes |
+| keras_default | Keras model | default kernels | Keras reads the second's codes |
 | keras_reference | Keras model | reference kernels | Keras reads the second's codes |
 | default_reference | default kernels | reference kernels | the simulator reads the first's codes |
 | reference_simulator | reference kernels | simulator | the simulator reads the first's codes |
+
+Default kernels are XNNPACK's, or LiteRT's without it in files of target tflm (`open_runner`).
 """
 
 from __future__ import annotations
