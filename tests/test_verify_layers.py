@@ -297,12 +297,16 @@ def test_without_the_simulator_kernels_are_compared_in_total_alone(model, path, 
     assert not any(row.beyond_rounding("default_reference") for row in found.rows)
 
 
-def test_tensors_of_one_name_are_not_compared(model, path, data, tmp_path):
+@pytest.mark.parametrize(("name", "said"), [(b"two_relu", "same name"), (b"po\0l", "zero byte")])
+def test_tensors_that_cannot_be_told_apart_are_not_compared(
+    name, said, model, path, data, tmp_path
+):
     def rename(content, tensors):
-        tensors["pool"].name = b"two_relu"
+        tensors["pool"].name = name
 
     found = compared(model, altered(path, tmp_path, rename), data)
     assert found.rows == [] and len(found.not_compared) == 4
+    assert all(said in why for why in found.not_compared.values())
 
 
 def test_recording_that_changes_the_outputs_is_refused(path, data):

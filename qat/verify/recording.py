@@ -21,10 +21,14 @@ def recordable(file: FileModel) -> list[FileTensor]:
     """What operators write in integers, an example in each row; unpacked kernels left out.
 
     Raises:
-        FileError: several tensors of the file have the same name.
+        FileError: several tensors of the file have the same name, or one has a zero byte in it,
+            where interpreters cut it off.
     """
     if len({tensor.name for tensor in file.tensors}) < len(file.tensors):
         raise FileError("several tensors of the file have the same name")
+    cut = next((tensor.name for tensor in file.tensors if "\0" in tensor.name), None)
+    if cut is not None:
+        raise FileError(f"the tensor's name {cut!r} has a zero byte in it")
     unpacked = file.unpacked_constants()
     batch = file.inputs[0].shape[:1] if file.inputs else ()
     return [
