@@ -103,7 +103,7 @@ def test_two_inputs_two_outputs_two_losses(files, tmp_path):
     assert report["loss"]["tflite"] == pytest.approx(report["loss"]["qat"], rel=0.02)
 
 
-@pytest.mark.parametrize("as_dictionary", [False, True])
+@pytest.mark.parametrize("as_dictionary", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_classifier_of_several_inputs(as_dictionary, files, tmp_path):
     first, second = layers.Input((8,), name="first"), layers.Input((6, 4), name="second")
     joined = layers.Concatenate()([layers.Dense(8, "relu")(first), layers.Flatten()(second)])
