@@ -44,20 +44,14 @@ def scheme(
 
 
 class QuantizeScheme(_keras.QuantizeScheme):
-    """See `scheme`; `aliases` are the origins of `qat.canonical.as_layers`."""
+    """See `scheme`."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        input_range: tuple[float, float] | None = None,
-        aliases: Mapping[str, Aliases] = _NONE,
-    ):
+    def __init__(self, recipe: Recipe, input_range: tuple[float, float] | None = None):
         self.recipe = recipe
         self.input_range = input_range
-        self.aliases = aliases
 
     def get_layout_transformer(self) -> LayoutTransform:
-        return LayoutTransform(self.recipe, self.input_range, self.aliases)
+        return LayoutTransform(self.recipe, self.input_range)
 
     def get_quantize_registry(self) -> QuantizeRegistry:
         return QuantizeRegistry(self.recipe)
@@ -77,7 +71,10 @@ class QuantizeRegistry(_keras.QuantizeRegistry):
 
 
 class LayoutTransform(_keras.QuantizeLayoutTransform):
-    """Canonical form, then the recipe's decisions, then the activation quantizers."""
+    """Canonical form, then the recipe's decisions, then the activation quantizers.
+
+    `aliases` are the origins of `qat.canonical.as_layers`.
+    """
 
     def __init__(
         self,

@@ -65,6 +65,17 @@ def model_of(
     return randomize(model, seed)
 
 
+def kernel_layers(activation: str | None) -> dict[str, tf_keras.layers.Layer]:
+    """{kind: a layer with a kernel and this activation}."""
+    return {
+        "convolution": layers.Conv2D(8, 3, activation=activation),
+        "depthwise": layers.DepthwiseConv2D(3, depth_multiplier=2, activation=activation),
+        "transposed": layers.Conv2DTranspose(8, 3, strides=2, activation=activation),
+        "dense": layers.Dense(40, activation=activation),
+        "separable": layers.SeparableConv2D(8, 3, activation=activation),
+    }
+
+
 def data_for(model: tf_keras.Model, count: int = 32, seed: int = 1) -> list[np.ndarray]:
     """Normal inputs, one array for each input of the model."""
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_models
 import tf_keras
-from small_models import KERNELS, everywhere, layers
+from small_models import KERNELS, everywhere, kernel_layers, layers
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
     QuantizeWrapperV2,
 )
@@ -83,17 +83,7 @@ def test_an_unknown_storage_is_refused():
         qat.settle_biases(small_models.quantized(model), weight_storage="tiny")
 
 
-def kinds(activation):
-    return {
-        "convolution": layers.Conv2D(8, 3, activation=activation),
-        "depthwise": layers.DepthwiseConv2D(3, depth_multiplier=2, activation=activation),
-        "transposed": layers.Conv2DTranspose(8, 3, strides=2, activation=activation),
-        "dense": layers.Dense(40, activation=activation),
-        "separable": layers.SeparableConv2D(8, 3, activation=activation),
-    }
-
-
-KINDS = tuple(kinds(None))
+KINDS = tuple(kernel_layers(None))
 
 
 @pytest.mark.parametrize("storage", ["size", pytest.param("speed", marks=pytest.mark.slow)])
@@ -106,7 +96,7 @@ def test_the_file_computes_what_was_trained(kind, activation, recipe, storage, t
     left as it is); the simulator gives the reference kernels' codes."""
     if kind == "separable" and recipe == "w2a16":
         pytest.skip("two kernels, and the bound for 16 bits is that of one")
-    layer = kinds(activation)[kind]
+    layer = kernel_layers(activation)[kind]
     model = small_models.quantized(small_models.model_of(layer, (9, 9, 4)), everywhere(recipe))
     qat.settle_biases(model, weight_storage=storage)
     path = qat.export_tflite(model, tmp_path / "model.tflite", weight_storage=storage)

@@ -518,13 +518,7 @@ def test_a_folder_without_its_description(own_copy):
 
 
 @pytest.mark.slow
-def test_fashion_mnist_as_tfds_made_it():
-    try:
-        builder = tfds.builder("fashion_mnist")
-    except Exception as error:
-        pytest.skip(f"TFDS cannot open fashion_mnist: {error}")
-    if not builder.is_prepared():
-        pytest.skip(f"fashion_mnist is not prepared in {builder.data_dir}; set TFDS_DATA_DIR")
+def test_fashion_mnist_as_tfds_made_it(fashion_mnist):
     loaded = data.load("fashion_mnist", batch_size=128)
     assert loaded.spec.num_examples == {"train": 54000, "validation": 6000, "test": 10000}
     assert loaded.augmentation == data.Augmentation(shift=2, flip=False)

@@ -13,7 +13,6 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 import tf_keras
 
 import qat
@@ -110,11 +109,8 @@ def test_one_of_each_family(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ON_CLOTHES)
-def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, tmp_path):
+def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, fashion_mnist, tmp_path):
     """On 1,000 images that nothing was trained on."""
-    builder = tfds.builder("fashion_mnist")
-    if not builder.is_prepared():
-        pytest.skip(f"fashion_mnist is not prepared in {builder.data_dir}; set TFDS_DATA_DIR")
     side, steps = ON_CLOTHES[name]
     tf_keras.utils.set_random_seed(0)
     made = getattr(tf_keras.applications, name)(
@@ -127,9 +123,11 @@ def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, tmp_p
         image = tf.cast(example["image"], tf.float32)
         return tf.image.resize(image, (side, side)), example["label"]
 
-    seen = builder.as_dataset(split="train[:50000]").map(resized).repeat().shuffle(2000, seed=0)
+    seen = (
+        fashion_mnist.as_dataset(split="train[:50000]").map(resized).repeat().shuffle(2000, seed=0)
+    )
     train(network, seen.batch(32), steps, 1e-3)
-    others = builder.as_dataset(split="train[50000:55000]").map(resized)
+    others = fashion_mnist.as_dataset(split="train[50000:55000]").map(resized)
     x, y = next(iter(others.batch(5000)))
     x = (tf.image.grayscale_to_rgb(x) / 255.0 * (high - low) + low).numpy()
     np.savez(tmp_path / "data.npz", x=x, y=y.numpy())

@@ -10,7 +10,7 @@ from qat.export.containers import pack
 from qat.export.graph import Graph, Operator, Tensor
 
 _SCHEMA_VERSION = 3
-TARGET_METADATA = "qat.target"
+_TARGET_METADATA = "qat.target"
 _PLACEHOLDER_BUILTIN = 127  # what readers of old schemas see for newer operators
 _NUMPY = {
     "float32": np.float32,
@@ -33,7 +33,7 @@ def to_bytes(graph: Graph, *, description: str, target: str) -> bytes:
     model.version = _SCHEMA_VERSION
     model.description = description
     model.subgraphs = [writer.subgraph()]
-    model.metadata = [writer.metadata(TARGET_METADATA, target)]
+    model.metadata = [writer.metadata(_TARGET_METADATA, target)]
     model.operatorCodes = writer.operator_codes
     model.buffers = writer.buffers
     model.signatureDefs = [writer.signature()]
