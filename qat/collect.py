@@ -137,6 +137,7 @@ def collect(
     """
     network, unrounded = functional(model), Unrounded(sites)
 
+    @traced_if_repeated(reduce_retracing=True)
     def statistics(inputs):
         unrounded.clear()
         forward(network, inputs, unrounded)
@@ -148,7 +149,6 @@ def collect(
             for site, values in zip(sites, unrounded.tensors, strict=True)
         ]
 
-    statistics = traced_if_repeated(statistics)
     results = [Collected() for _ in sites]
     for number, inputs in enumerate(input_batches(network, dataset, steps), start=1):
         for site, result, found in zip(sites, results, statistics(inputs), strict=True):

@@ -45,7 +45,7 @@ def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
 
 
 def predictor(model: tf_keras.Model) -> Callable[[Any], Any]:
-    """The model in inference, traced once for batches of all sizes.
+    """The model in inference, traced once for batches of all sizes, if there are several.
 
     Left alone, TensorFlow traces again for the last batch, which is smaller.
 
@@ -56,7 +56,7 @@ def predictor(model: tf_keras.Model) -> Callable[[Any], Any]:
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in model.inputs]
     any_size = all(spec.shape[0] is None for spec in specs)
 
-    @tf.function(input_signature=[specs] if any_size else None)
+    @traced_if_repeated(input_signature=[specs] if any_size else None)
     def predict(inputs: list[tf.Tensor]) -> Any:
         return model(inputs if len(inputs) > 1 else inputs[0], training=False)
 
@@ -67,16 +67,23 @@ def predictor(model: tf_keras.Model) -> Callable[[Any], Any]:
     return cast_and_predict
 
 
-def traced_if_repeated(function: Callable) -> Callable:
-    """The function for one batch after another: the first runs as it is, the rest as a graph.
+def traced_if_repeated(**options: Any) -> Callable[[Callable], Callable]:
+    """Decorates a function of batches: the first runs as it is, the rest as a graph.
 
     Tracing costs as much as several batches.
+
+    Args:
+        options: of `tf.function`.
     """
-    traced, is_first = tf.function(function, reduce_retracing=True), True
 
-    def run(inputs: Sequence[tf.Tensor]) -> Any:
-        nonlocal is_first
-        chosen, is_first = function if is_first else traced, False
-        return chosen(inputs)
+    def decorate(function: Callable) -> Callable:
+        traced, is_first = tf.function(function, **options), True
 
-    return run
+        def run(inputs: Sequence[tf.Tensor]) -> Any:
+            nonlocal is_first
+            chosen, is_first = function if is_first else traced, False
+            return chosen(inputs)
+
+        return run
+
+    return decorate

@@ -9,6 +9,8 @@ import tensorflow as tf
 
 # A scale below this cannot be inverted in float32 without overflow of ordinary weights.
 SMALLEST_SCALE = 2.0**-40
+# Below it float32 is 0 on some devices.
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 # The top code of the 8-bit container. Activations narrower than 8 bits take its topmost codes,
 # so that the saturation of an int8 kernel is their own upper clamp and costs no operator.
@@ -103,7 +105,8 @@ def affine_grid(minimum: tf.Tensor, maximum: tf.Tensor, *, num_bits: int) -> Gri
 
     `n = 2^b - 1`, `scale = (maximum - minimum) / n`, codes `127 - n … 127` of the int8 container.
     A range [-a, a] has its zero between two codes; there `scale = a / (2^(b-1) - 1)`, and one code
-    is left over.
+    is left over. Zeros alone, such as the output of units that no example activates, fit any grid:
+    theirs is that of [0, 1], since a kernel cannot requantize to a tiny scale.
 
     Args:
         minimum, maximum: float32, any shape that broadcasts against the tensor.
@@ -124,7 +127,7 @@ def affine_grid(minimum: tf.Tensor, maximum: tf.Tensor, *, num_bits: int) -> Gri
     if num_bits > 1:
         half = float(levels // 2)
         scale = tf.where(minimum == -maximum, _quotient(maximum, half), scale)
-    scale = tf.maximum(scale, SMALLEST_SCALE)
+    scale = tf.where(scale < _SMALLEST_NORMAL, 1.0 / levels, tf.maximum(scale, SMALLEST_SCALE))
     zero_point = tf.round(qmin - minimum / scale)
     zero_point = tf.clip_by_value(zero_point, float(qmin), float(CONTAINER_TOP))
     return Grid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=CONTAINER_TOP)

@@ -61,7 +61,10 @@ def measure_batch_norm(
             return call.layer(*args, **{**kwargs, "training": _is_measured(call)})
         return visit(call, args, kwargs)
 
-    probe = traced_if_repeated(lambda inputs: forward(network, inputs, in_training))
+    @traced_if_repeated(reduce_retracing=True)
+    def probe(inputs):
+        return forward(network, inputs, in_training)
+
     sums, count = [0.0] * 2 * len(norms), 0
     with _measuring(norms):
         for inputs in input_batches(network, dataset, steps):

@@ -21,7 +21,7 @@ from qat.grid import Grid
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.operator_layers import Affine, ChannelScale
 from qat.quantizers import BinaryActivationQuantizer, GridQuantizer
-from qat.ties import away_from_ties, early, from_lowest
+from qat.ties import LARGEST_BIAS, away_from_ties, early, from_lowest
 
 layers = tf_keras.layers
 # What may stand between a kernel and the quantizer of its operator's output.
@@ -37,7 +37,6 @@ _FUSED = (
     layers.ReLU,
     ReplacedBySign,
 )
-_LARGEST_BIAS = 2**31 - 1
 
 
 def settle_biases(
@@ -260,5 +259,5 @@ def _round(
         if sums is not None and output is not None:
             codes = away_from_ties(codes, step / float(output.scale), sums, output)
         settled = ((codes + ahead) * step - rest) / factor
-        legal = (np.abs(codes) < _LARGEST_BIAS) & np.isfinite(settled)
+        legal = (np.abs(codes) < LARGEST_BIAS) & np.isfinite(settled)
     variable.assign(np.where(legal, settled, value).astype(np.float32))

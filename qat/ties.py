@@ -21,6 +21,8 @@ import numpy as np
 
 from qat.grid import Grid
 
+# Codes of an int32 bias: as many again are the products'.
+LARGEST_BIAS = 2**30
 # How many consecutive biases there are to choose from, and how far they spread at most, in steps of
 # the output's grid.
 _MOST_BIASES, _FARTHEST = 64, 1 / 8

@@ -379,6 +379,45 @@ def test_a_large_bias_does_not_overflow(folder):
         assert np.rint(steps_apart(model, path, data, kernels)).max() <= 1
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-lsq", "w8a16"])
+def test_units_that_no_example_activates(folder, recipe):
+    """Zeros on a tiny grid: XNNPACK refuses to requantize to it, and with it the whole file."""
+
+    def build(x):
+        dead = layers.Conv2D(3, 3, padding="same", activation="relu", name="dead")(x)
+        squeezed = layers.Conv2D(3, 1, activation="relu", name="squeezed")(
+            layers.GlobalAveragePooling2D(keepdims=True)(x)
+        )
+        gate = layers.Conv2D(3, 1, activation="sigmoid")(squeezed)
+        return [layers.Add()([x, dead]), layers.Multiply()([x, gate]), layers.Conv2D(4, 3)(dead)]
+
+    net = small_models.model_of(build, IMAGE)
+    for name in ("dead", "squeezed"):
+        set_variable(net, name, "bias", lambda value: np.full_like(value, -1e3))
+    set_variable(net, net.layers[-1].name, "bias", lambda value: np.linspace(1, 2, 4))
+    model = small_models.quantized(net, recipe)
+    path, data = folder / f"dead_{recipe}.tflite", small_models.data_for(net)
+    qat.export_tflite(model, path)
+    for kernels in small_models.KERNELS:
+        for index in range(2):
+            assert np.rint(steps_apart(model, path, data, kernels, index)).max() <= 2
+
+
+def test_a_bias_that_outgrew_the_range_it_was_calibrated_for(folder):
+    """Neither int32 nor the output's range holds it: the file saturates as the model does."""
+    net = small_models.model_of(lambda x: layers.Conv2D(4, 3, name="conv")(x), IMAGE)
+    set_variable(net, "conv", "kernel", lambda value: value * 1e-11)
+    model = small_models.quantized(net)
+    for layer in model.layers:
+        if layer.name.endswith("conv"):
+            set_variable(model, layer.name, "bias", lambda _: np.asarray([0, 1e-12, 1.0, -1.0]))
+    path, data = folder / "outgrown.tflite", small_models.data_for(net)
+    qat.export_tflite(model, path)
+    assert integer_mismatches(model, read_file(path)) == []
+    for kernels in small_models.KERNELS:
+        assert np.rint(steps_apart(model, path, data, kernels)).max() <= 1
+
+
 def test_sixteen_bit_activations_with_four_bit_kernels(folder):
     """LiteRT's 16x4 depthwise computes garbage: either refused, or right."""
 

@@ -97,7 +97,9 @@ def test_affine_scale_and_zero_point(bits, ends):
     grid = affine_grid(*map(tf.constant, ends), num_bits=bits).numpy()
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
     balanced = bits > 1 and low == -high  # zero lies between two codes: one code is given up
-    scale = max((high - low) / (2**bits - 1 - balanced), SMALLEST_SCALE)
+    scale = (high - low) / (2**bits - 1 - balanced)
+    empty = scale < np.finfo(np.float32).tiny
+    scale = 1 / (2**bits - 1) if empty else max(scale, SMALLEST_SCALE)
     # float32 rounds the difference and the quotient: one ulp in all, relative.
     assert abs(float(grid.scale) / scale - 1.0) <= ULP
     # Zero is a code: the one nearest to where the range puts it. -low/scale is at most 255, its
@@ -109,7 +111,7 @@ def test_affine_scale_and_zero_point(bits, ends):
     # The grid covers the range but for half a step at each end, where zero was made a code.
     assert float(grid.lowest) - low <= (0.5 + 1e-4) * scale
     assert high - float(grid.highest) <= (0.5 + 1e-4) * scale
-    if scale > SMALLEST_SCALE:  # and nothing beyond half a step, or the step given up
+    if scale > SMALLEST_SCALE and not empty:  # and nothing beyond half a step, or the one given up
         beyond = [low - float(grid.lowest), float(grid.highest) - high]
         assert max(beyond) <= (0.5 + 0.5 * balanced + 1e-4) * scale
 
@@ -136,7 +138,7 @@ def test_symmetric_codes_survive_the_round_trip(bits, narrow):
 def test_one_sided_ranges_are_widened_to_zero(low, high, zero_point):
     grid = affine_grid(tf.constant(low), tf.constant(high), num_bits=8).numpy()
     assert grid.zero_point == zero_point
-    assert grid.scale == np.float32(max(max(high, 0) - min(low, 0), 255 * SMALLEST_SCALE) / 255)
+    assert grid.scale == np.float32((max(high, 0) - min(low, 0) or 1) / 255)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -149,15 +151,19 @@ def test_a_balanced_range_loses_neither_end(bits, bound):
     assert len(codes_between(grid)) == 2**bits
 
 
-def test_a_range_of_zero_gives_finite_codes():
-    for grid in (
-        affine_grid(tf.constant(0.0), tf.constant(0.0), num_bits=8),
-        symmetric_grid(tf.constant(0.0), num_bits=8),
-    ):
-        assert np.float32(grid.scale) == np.float32(SMALLEST_SCALE)
-        x = tf.constant([0.0, -0.0, 1.0, -1.0, 3e38])
-        assert np.isfinite(grid.quantize(x)).all()
-        np.testing.assert_array_equal(grid.dequantize(grid.quantize(x))[:2], [0.0, 0.0])
+@pytest.mark.parametrize(
+    ("grid", "scale"),
+    [
+        (affine_grid(tf.constant(0.0), tf.constant(0.0), num_bits=8), 1 / 255),
+        (affine_grid(tf.constant(0.0), tf.constant(1e-30), num_bits=8), SMALLEST_SCALE),
+        (symmetric_grid(tf.constant(0.0), num_bits=8), SMALLEST_SCALE),
+    ],
+)
+def test_a_range_of_zero_gives_finite_codes(grid, scale):
+    assert np.float32(grid.scale) == np.float32(scale)
+    x = tf.constant([0.0, -0.0, 1.0, -1.0, 3e38])
+    assert np.isfinite(grid.quantize(x)).all()
+    np.testing.assert_array_equal(grid.dequantize(grid.quantize(x))[:2], [0.0, 0.0])
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16])

@@ -556,6 +556,24 @@ def test_a_nan_batch_shows_in_the_range():
     assert np.isnan(quantizer.grid(weights).scale)
 
 
+@pytest.mark.parametrize("channel_axes", [None, (-1,)])
+def test_batches_of_zeros_leave_the_range(channel_axes):
+    """Units that no example activates any more: their range would fade until nothing fits it."""
+    quantizer = MovingAverageQuantizer(channel_axes=channel_axes)
+    weights = build(quantizer, [None, 2])
+    zeros = tf.zeros([3, 2])
+    quantizer(zeros, True, weights)
+    assert np.all(quantizer.grid(weights).scale.numpy() == F32(1 / 255))  # of [0, 1]
+    quantizer(tf.ones([3, 2]), True, weights)
+    before = {key: variable.numpy() for key, variable in weights.items()}
+    for _ in range(3):
+        quantizer(zeros, True, weights)
+    for key, variable in weights.items():
+        np.testing.assert_array_equal(variable.numpy(), before[key])
+    quantizer(tf.constant([[0.0, 0.0], [0.0, 1.0]]), True, weights)
+    assert weights["observed"].numpy() > before["observed"]
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0, float("nan")])
 def test_illegal_decay(decay):
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\)"):

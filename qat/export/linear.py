@@ -13,8 +13,9 @@ from qat.export.containers import Container, kernel_container
 from qat.export.graph import Tensor, activation_dtype
 from qat.export.pending import FUSED, Pending
 from qat.grid import Grid
-from qat.ties import early, from_lowest
+from qat.ties import LARGEST_BIAS, early, from_lowest
 
+_LARGEST_WIDE_BIAS = 2**46  # kernels that read 16 bits multiply their sums as 47-bit numbers
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
@@ -124,11 +125,14 @@ class Linear(Pending):
     ) -> Tensor:
         step = np.float64(self.x.tensor.scale[0]) * scale.astype(np.float64)
         ahead = early(step, written, rectified=self.activation is not None) if twice else 0.0
-        limit = 2**31 - 1
+        wide = activation_dtype(written) == "int16"
+        # Half of int32 is the bias's, the other half the products'. Beyond it no output but an end
+        # of its range is left, see `_kernel_scale`.
+        limit = _LARGEST_WIDE_BIAS if wide else LARGEST_BIAS
         return builder.constant(
             f"{self.name}/bias",
             np.clip(np.rint(bias / step - ahead), -limit, limit).astype(np.int64),
-            "int64" if activation_dtype(written) == "int16" else "int32",
+            "int64" if wide else "int32",
             scale=step.astype(np.float32),
             zero_point=np.zeros(len(step), np.int64),
         )
@@ -157,7 +161,7 @@ class Linear(Pending):
         x_scale = np.float64(self.x.tensor.scale[0])
         scale = np.maximum(self.scale * self.x.gain / finer, _SMALLEST_NORMAL)
         span = 512.0 * float(grid.scale) * (256.0 if activation_dtype(grid) == "int16" else 1.0)
-        needed = np.minimum(np.abs(bias), span) / (x_scale * 2.0**30)
+        needed = np.minimum(np.abs(bias), span) / (x_scale * LARGEST_BIAS)
         return np.maximum(scale, needed).astype(np.float32)
 
     def _version(self, dtype: str, grid: Grid) -> int:

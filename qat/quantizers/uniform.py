@@ -112,7 +112,8 @@ class MovingAverageQuantizer(UniformQuantizer):
     """Min-max over a debiased exponential moving average of batch ranges; for activations.
 
     `a ← decay·a + (1-decay)·batch`, range `a / (1 - decay^t)`. Before the first training batch
-    the range is the current batch's own, and `grid` without inputs is refused.
+    the range is the current batch's own, and `grid` without inputs is refused. A batch of zeros
+    fits any range and changes none: that of units which no example activates would fade to 0.
 
     Args:
         decay: share of the past kept at each training step, in [0, 1).
@@ -161,10 +162,12 @@ class MovingAverageQuantizer(UniformQuantizer):
             return super().quantized(inputs, training, weights)
         minimum, maximum = over_replicas(*self._batch_range(inputs))
         batch = {"minimum": minimum, "maximum": maximum, "observed": tf.constant(1.0)}
+        bound = tf.maximum(-minimum, maximum)
+        bound = bound if self.channel_axes is None else tf.norm(bound, 1)
+        counts = tf.logical_or(tf.equal(weights["observed"], 0.0), tf.not_equal(bound, 0.0))
         for key, value in batch.items():
-            weights[key].assign(
-                ranges.moving_average(weights[key], tf.stop_gradient(value), self.decay)
-            )
+            moved = ranges.moving_average(weights[key], tf.stop_gradient(value), self.decay)
+            weights[key].assign(tf.where(counts, moved, weights[key]))
         return self._on(self.grid(weights), inputs)
 
     def _batch_range(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
