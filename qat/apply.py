@@ -18,6 +18,7 @@ from qat.loading import from_keras3, is_keras3_model
 from qat.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qat.roles import UnsupportedLayerError
 from qat.scheme import LayoutTransform
+from qat.wrapper import kernels_once_a_call
 
 
 def quantize_model(
@@ -56,7 +57,7 @@ def quantize_model(
     everything = {layer.name: {"quantize_config": None} for layer in model.layers}
     model, _ = LayoutTransform(recipe, input_range, origins).apply(model, everything)
     # 4. Layers forget the models that this one was built from.
-    return _without_stale_nodes(model)
+    return kernels_once_a_call(_without_stale_nodes(model))
 
 
 def _require_plain(model: tf_keras.Model) -> None:

@@ -22,21 +22,23 @@ import tf_keras
 
 from qat.errors import ModelError, QatError
 from qat.files import write_whole, zipped
-from qat.recipe import Recipe
+from qat.recipe import Recipe, load_recipe
+from qat.wrapper import kernels_once_a_call
 
 _FORMAT = "qat-1"
 # What Keras and h5py raise for members that are legal JSON or HDF5 but no model.
 _WRONG_CONTENT = (KeyError, ValueError, TypeError, AttributeError)
 
 
-def save_model(model: tf_keras.Model, path: str | os.PathLike, *, recipe: Recipe) -> None:
+def save_model(model: tf_keras.Model, path: str | os.PathLike, *, recipe: str | Recipe) -> None:
     """Writes a quantized model; the file appears whole or not at all.
 
     Args:
-        path: ends in ".keras". recipe: stored beside the weights.
+        path: ends in ".keras". recipe: as `quantize_model` took it; stored beside the weights.
 
     Raises:
-        ModelError: another suffix. OSError: the folder cannot be written.
+        ModelError: another suffix. RecipeError: an illegal recipe.
+        OSError: the folder cannot be written.
     """
     path = pathlib.Path(path)
     if path.suffix != ".keras":
@@ -49,7 +51,7 @@ def save_model(model: tf_keras.Model, path: str | os.PathLike, *, recipe: Recipe
     members = {
         "metadata.json": json.dumps(metadata).encode(),
         "config.json": model.to_json().encode(),
-        "recipe.json": recipe.to_json().encode(),
+        "recipe.json": load_recipe(recipe).to_json().encode(),
         "model.weights.h5": weights.getvalue(),
     }
     write_whole(path, zipped(members))
@@ -69,7 +71,7 @@ def load_quantized_model(path: str | os.PathLike) -> tf_keras.Model:
             model = tf_keras.models.model_from_json(archive.read("config.json").decode())
         with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
             model.set_weights([file[str(index)][()] for index in range(len(model.weights))])
-        return model
+        return kernels_once_a_call(model)
 
 
 def load_recipe_of(path: str | os.PathLike) -> Recipe:

@@ -1,11 +1,49 @@
-"""The wrapper that quantizes a layer's kernel: TFMOT's, which respects frozen layers here."""
+"""The wrapper that quantizes a layer's kernel: once a call of the model."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+import tensorflow as tf
 import tf_keras
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import (
     QuantizeWrapperV2,
 )
+
+# Of the model call that runs in this thread: {kernel and how it is quantized: the quantized one}.
+_running = threading.local()
+
+
+@contextlib.contextmanager
+def _one_call() -> Iterator[None]:
+    if getattr(_running, "kernels", None) is not None:  # of a model around this one
+        yield
+        return
+    _running.kernels = {}
+    try:
+        yield
+    finally:
+        _running.kernels = None
+
+
+def kernels_once_a_call(model: tf_keras.Model) -> tf_keras.Model:
+    """Has a layer that the model calls several times quantize its kernel once a call of the model.
+
+    No longer than that: no optimizer changes a variable in it, and one gradient tape sees all of
+    it. The model stays of Keras's own class, since a file with another is not loaded without it.
+    """
+    plain = model.call
+
+    @functools.wraps(plain)
+    def call(inputs, training=None, mask=None):
+        with _one_call():
+            return plain(inputs, training=training, mask=mask)
+
+    model.call = call
+    return model
 
 
 @tf_keras.utils.register_keras_serializable("qat")
@@ -33,6 +71,22 @@ class KernelWrapper(QuantizeWrapperV2):
         # Layers of several arguments, e.g. attention, are never quantized.
         mode = {"training": training} if self.layer._expects_training_arg else {}
         return self.layer.call(inputs, *others, **mode, **kwargs)
+
+    def _make_quantizer_fn(self, quantizer, x, training, quantizer_vars) -> Callable:
+        quantize = super()._make_quantizer_fn(quantizer, x, training, quantizer_vars)
+        kernels = getattr(_running, "kernels", None)
+        if kernels is None or not isinstance(x, tf.Variable):
+            return quantize
+
+        def once() -> tf.Tensor:
+            # A branch's tensors cannot leave it.
+            graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+            key = id(x), id(quantizer), training, graph
+            if key not in kernels:
+                kernels[key] = quantize()
+            return kernels[key]
+
+        return once
 
     @property
     def trainable_weights(self):
