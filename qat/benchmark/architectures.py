@@ -29,6 +29,7 @@ from qat.export.tflite import export_tflite
 from qat.files import write_whole
 from qat.loading import load_model
 from qat.machine import machine
+from qat.objective import objective
 from qat.reestimate import reestimate_batch_norm
 from qat.report import to_json
 from qat.settle import settle_biases
@@ -164,7 +165,7 @@ def _measured(name: str, recipe: str, seed: int, seconds: dict[str, float]) -> d
     took("quantize")
     calibrate(quantized, tf.data.Dataset.from_tensors(images), steps=1)
     took("calibrate")
-    loss = tf_keras.losses.SparseCategoricalCrossentropy()
+    (loss,) = objective(model, ["sparse_categorical_crossentropy"]).losses()
     optimizer = tf_keras.optimizers.SGD(1e-3)
     # A first step that makes variables is traced twice.
     optimizer.build(quantized.trainable_variables)
