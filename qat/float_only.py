@@ -7,7 +7,7 @@ import tf_keras
 layers = tf_keras.layers
 _NORMALIZES = "TFLite has no integer kernel for the square roots and quotients of a normalization"
 _THREE = "TFLite's three-dimensional convolutions have float kernels only"
-_PRODUCT = "products of two activations are computed in float32 here"
+_ATTENTION = "with a mask, a scale of its own or several axes it is computed in float32 here"
 _LOCAL = "no TFLite kernel has a filter of its own for each place"
 # Layers without an integer operator, and why; they stay in float32 whatever the recipe says.
 FLOAT_ONLY: dict[type, str] = {
@@ -16,8 +16,9 @@ FLOAT_ONLY: dict[type, str] = {
         _NORMALIZES,
     ),
     **dict.fromkeys((layers.Conv3D, layers.Conv3DTranspose), _THREE),
-    **dict.fromkeys((layers.Dot, layers.Attention, layers.MultiHeadAttention), _PRODUCT),
-    layers.EinsumDense: "no integer form of its equation is written; use Dense where it is one",
+    **dict.fromkeys((layers.Attention, layers.MultiHeadAttention), _ATTENTION),
+    layers.Dot: "normalized, or of tensors of these ranks, it is computed in float32 here",
+    layers.EinsumDense: "no integer form of its equation is written but of Dense's",
     **dict.fromkeys((layers.LocallyConnected1D, layers.LocallyConnected2D), _LOCAL),
 }
 # Layers that no TFLite file of ours can hold, in integers or in float, and what to do.

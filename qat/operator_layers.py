@@ -79,6 +79,30 @@ class ChannelScale(tf_keras.layers.Layer):
 
 
 @_register
+class MatMul(tf_keras.layers.Layer):
+    """`a · b`, or `a · bᵀ`, of two tensors (batch, …, rows, columns).
+
+    Args:
+        transpose_b: b is (batch, …, columns of the product, columns).
+    """
+
+    def __init__(self, transpose_b: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.transpose_b = transpose_b
+
+    def call(self, inputs):
+        a, b = inputs
+        return tf.matmul(a, b, transpose_b=self.transpose_b)
+
+    def compute_output_shape(self, input_shape):
+        a, b = map(tuple, input_shape)
+        return tf.TensorShape([*a[:-1], b[-2 if self.transpose_b else -1]])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "transpose_b": self.transpose_b}
+
+
+@_register
 class Slice(tf_keras.layers.Layer):
     """`x[:, start:stop:step, …]`.
 

@@ -92,6 +92,7 @@ ROLES: dict[type, Role] = {
     layers.PReLU: Role.COMPUTE,
     QuantizedPReLU: Role.COMPUTE,
     layers.Embedding: Role.GATHER,
+    operator_layers.MatMul: Role.COMPUTE,
     operator_layers.ReduceMean: Role.COMPUTE,
     layers.Rescaling: Role.COMPUTE,
     **dict.fromkeys(FLOAT_ONLY, Role.FLOAT),

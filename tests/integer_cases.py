@@ -204,6 +204,21 @@ def fully_connected(draw) -> Case:
     )  # fmt: skip
 
 
+@st.composite
+def batch_matmul(draw) -> Case:
+    d = Draw(draw)
+    rows, depth, columns = d.size(1, 5), d.size(1, 40), d.size(1, 5)
+    batch = tuple(d.size(1, 3) for _ in range(d.size(0, 2)))
+    dtype, turned, transposed = d.one(*ACTIVATIONS), d.flag(), d.flag()
+    a = d.tensor(dtype, (*batch, *((depth, rows) if turned else (rows, depth))))
+    b = d.tensor(dtype, (*batch, *((columns, depth) if transposed else (depth, columns))))
+    y_scale, _ = d.sum_grid(a, b, depth, wild=dtype == "int8")
+    y = d.tensor(dtype, (*batch, rows, columns), y_scale)
+    options = {"adjX": turned, "adjY": transposed}
+    operator = Operator(name="BATCH_MATMUL", inputs=[a, b], outputs=[y], options=options)
+    return case(operator, d.codes(a), d.codes(b))
+
+
 def pool(name: str):
     @st.composite
     def drawn(draw) -> Case:

@@ -15,6 +15,7 @@ LIMITS = {"int2": (-2, 1), "int4": (-8, 7)}
 VERSIONS = {
     "DEPTHWISE_CONV_2D": 6,
     "DEQUANTIZE": 7,
+    "BATCH_MATMUL": 3,
     "FULLY_CONNECTED": 14,
     "CONV_2D": 7,
     "LEAKY_RELU": 2,
@@ -143,6 +144,7 @@ OPTIONS = {
     "ELU": None,
     "EXP": "ExpOptions",
     "EXPAND_DIMS": "ExpandDimsOptions",
+    "BATCH_MATMUL": "BatchMatMulOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
     "GATHER": "GatherOptions",
     "GELU": "GeluOptions",

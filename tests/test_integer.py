@@ -22,6 +22,7 @@ UNIT_INTERVAL = {"int8": (1 / 256, -128), "int16": (1 / 32768, 0)}
 SUITE = {
     "ADD": pointwise.binary("ADD"),
     "AVERAGE_POOL_2D": cases.pool("AVERAGE_POOL_2D"),
+    "BATCH_MATMUL": cases.batch_matmul(),
     "CAST, GATHER": moves.lookup(),
     "CONCATENATION": moves.concatenation(),
     "CONV_2D": cases.conv_2d(),

@@ -338,8 +338,8 @@ def between(layer):
     return build
 
 
-def spatial_attention(name):
-    return lambda x: layers.Attention(name=name)([x, x])
+def scaled_attention(name):
+    return lambda x: layers.Attention(use_scale=True, name=name)([x, x])
 
 
 FLOATS = {
@@ -365,14 +365,14 @@ FLOATS = {
     "Attention": (
         SEQUENCE,
         lambda x: layers.Dense(3, name="behind")(
-            spatial_attention("it")(layers.Dense(4, name="before")(x))
+            scaled_attention("it")(layers.Dense(4, name="before")(x))
         ),
         "BATCH_MATMUL",
     ),
     "MultiHeadAttention": (
         SEQUENCE,
         lambda x: layers.Dense(3, name="behind")(
-            (lambda y: layers.MultiHeadAttention(2, 4, name="it")(y, y))(
+            (lambda y: layers.MultiHeadAttention(2, 4, name="it")(y, y, use_causal_mask=True))(
                 layers.Dense(4, name="before")(x)
             )
         ),

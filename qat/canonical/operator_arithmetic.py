@@ -13,7 +13,7 @@ import numpy as np
 import tf_keras
 
 from qat.canonical.operator_call import NoLayerError, OperatorCall, constants, integers, is_tensor
-from qat.operator_layers import Affine, ReduceMax, ReduceMean
+from qat.operator_layers import Affine, MatMul, ReduceMax, ReduceMean
 
 layers = tf_keras.layers
 
@@ -81,8 +81,17 @@ def _divide(call: OperatorCall, x: Any, y: Any) -> Any:
     return affine(call, x, 1.0 / constants(y).astype(float))
 
 
-def _matmul(call: OperatorCall, **_) -> Any:
-    raise NoLayerError("products of two tensors are no convolution; use Dense for constant ones")
+def _matmul(
+    call: OperatorCall, a: Any, b: Any, transpose_a: Any, transpose_b: Any, **options: Any
+) -> Any:
+    if not (is_tensor(a) and is_tensor(b)):
+        raise NoLayerError("a product with a constant is a layer with a kernel; use Dense")
+    if len(a.shape) != len(b.shape) or any(options.values()):
+        raise NoLayerError("only plain products of tensors of one rank are supported")
+    if transpose_a:
+        turned = [*range(1, len(a.shape) - 2), len(a.shape) - 1, len(a.shape) - 2]
+        a = call.layer(layers.Permute, turned, suffix="turned")(a)
+    return call.layer(MatMul, bool(transpose_b))([a, b])
 
 
 def _negative(call: OperatorCall, x: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from qat.canonical import composites
+from qat.canonical import attention, composites
 from qat.canonical.as_layers import as_layers
 from qat.canonical.graph import Call, LayerCopies, rebuild
 from qat.errors import ModelError
@@ -87,6 +87,10 @@ class _Rewriter:
             self.split_weights.append(set_weights)
             x = inner(args[0])
             return x if composites.is_linear(layer.layer) else self.activated(layer, x, layer.layer)
+        if attention.takes_apart(layer, args, kwargs):
+            x, setters = attention.take_apart(layer, args, kwargs, self.once)
+            self.split_weights += setters
+            return x if composites.is_linear(layer) else self.activated(layer, x)
         if type(layer) in _WITH_ACTIVATION and not composites.is_linear(layer):
             return self.split_activation(layer, args[0])
         if type(layer) is layers.Activation:

@@ -13,7 +13,7 @@ from qat.export.linear import Linear
 from qat.export.lower_linear import lower_affine
 from qat.export.lower_shape import reducer_options
 from qat.export.pending import Elementwise
-from qat.operator_layers import Pad, ReduceMax, ReduceMean, Slice
+from qat.operator_layers import MatMul, Pad, ReduceMax, ReduceMean, Slice
 
 layers = tf_keras.layers
 Shape = tuple[int, ...]
@@ -66,6 +66,20 @@ def _reduce_mean(builder: Builder, layer: ReduceMean, inputs: list[Stored], shap
     )
 
 
+def _matmul(builder: Builder, layer: MatMul, inputs: list[Stored], shape: Shape):
+    options = schema.BatchMatMulOptionsT()
+    options.adjX, options.adjY = False, layer.transpose_b
+    wide = any(value.tensor.dtype == "int16" for value in inputs)
+    return Elementwise(
+        name=layer.name,
+        shape=shape,
+        inputs=tuple(inputs),
+        operator="BATCH_MATMUL",
+        version=3 if wide else 2,
+        options=lambda fused: options,
+    )
+
+
 def lower_hard_sigmoid(builder: Builder, name: str, x: Stored) -> Linear:
     """`relu6(x + 3) / 6` as x/6 + 1/2, cut off at 0 by a ReLU.
 
@@ -79,6 +93,7 @@ def lower_hard_sigmoid(builder: Builder, name: str, x: Stored) -> Linear:
 
 
 LOWERINGS: dict[type, Callable] = {
+    MatMul: _matmul,
     Pad: _pad,
     ReduceMax: _reduce_max,
     ReduceMean: _reduce_mean,

@@ -14,7 +14,7 @@ Covered; activations are int8, and int16 where the table says so:
 
 | operators | besides int8 |
 |---|---|
-| ADD, SUB, MUL, MAXIMUM, MINIMUM, GREATER_EQUAL | int16 |
+| ADD, SUB, MUL, MAXIMUM, MINIMUM, GREATER_EQUAL, BATCH_MATMUL | int16 |
 | RELU, RELU6, LEAKY_RELU, PRELU, LOGISTIC, TANH, SOFTMAX | int16 |
 | HARD_SWISH, ELU, GELU (exact), EXP | none |
 | MAX_POOL_2D, AVERAGE_POOL_2D, MEAN, REDUCE_MAX, RESIZE_BILINEAR | int16 |

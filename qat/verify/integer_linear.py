@@ -1,8 +1,8 @@
-"""CONV_2D, DEPTHWISE_CONV_2D, TRANSPOSE_CONV and FULLY_CONNECTED on integers.
+"""Convolutions, FULLY_CONNECTED and BATCH_MATMUL on integers.
 
 Products are summed in float64, where whole numbers below 2^53 are exact, so that BLAS does the
 work. After tflite/kernels/internal/reference/integer_ops/{conv, depthwise_conv, transpose_conv,
-fully_connected}.h and the Prepare functions of the kernels of the same names.
+fully_connected}.h, batch_matmul.h and the Prepare functions of the kernels of the same names.
 """
 
 from __future__ import annotations
@@ -221,7 +221,31 @@ def fully_connected(call: Call) -> np.ndarray:
     return codes.reshape(*x.shape[:-1], units) if keeps else codes
 
 
+def batch_matmul(call: Call) -> np.ndarray:
+    """`a · b` of the last two dimensions, either transposed; both operands are activations."""
+    a, b = call.arguments(2)
+    dtype = call.require_types("int8", "int16", values=(a, b))
+    ranks = len(a.shape) == len(b.shape) >= 2
+    call.require(ranks, f"multiplies the shapes {a.shape} and {b.shape}")
+    one, other = (value.centered().astype(np.float64) for value in (a, b))
+    one = np.swapaxes(one, -1, -2) if call.option("adjX") else one
+    other = np.swapaxes(other, -1, -2) if call.option("adjY") else other
+    fits = one.shape[-1] == other.shape[-2] and one.shape[:-2] == other.shape[:-2]
+    call.require(fits, f"multiplies the shapes {a.shape} and {b.shape}")
+    call.require_size((*one.shape[:-1], other.shape[-1]))
+    total = (one @ other).astype(np.int64)
+    # The kernel multiplies the scales in float32.
+    real = np.float64(np.float32(a.scale * b.scale)) / np.float64(call.output.scale)
+    multiplier, shift = quantize_multiplier(real)
+    if dtype == "int16":
+        codes = multiply_wide(total, multiplier, shift)
+    else:
+        codes = multiply(wrap32(total), multiplier, shift)
+    return call.clamp(codes + call.output.zero_point)
+
+
 KERNELS: dict[str, Callable[[Call], np.ndarray]] = {
+    "BATCH_MATMUL": batch_matmul,
     "CONV_2D": conv_2d,
     "DEPTHWISE_CONV_2D": depthwise_conv_2d,
     "FULLY_CONNECTED": fully_connected,
