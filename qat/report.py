@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -31,6 +33,7 @@ def write_reports(folder: str | os.PathLike, report: dict[str, Any]) -> None:
     for name, content in (drawn or {}).items():
         write_whole(folder / name, content)
     no_figures = MISSING if drawn is None else None
+    environment.globals["counted"] = counted
     text = environment.get_template("report.md.j2").render(**report, no_figures=no_figures)
     write_whole(folder / "report.md", text.encode())
 
@@ -55,8 +58,14 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['model']} {report['recipe']} on {report['dataset']}, seed {report['seed']}: "
         f"{'; '.join(told)}; {tflite['bytes']} bytes; integers "
         f"{'match' if report['integers_match'] else 'DIFFER'}; float operators: "
-        f"{', '.join(tflite['float_operators']) or 'none'}"
+        f"{counted(tflite['float_operators'])}"
     )
+
+
+def counted(names: Sequence[str]) -> str:
+    """How often each name is there, e.g. "2 ADD, 1 MUL"; "none" for no name."""
+    found = collections.Counter(names)
+    return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"
 
 
 def to_json(content: dict[str, Any]) -> bytes:

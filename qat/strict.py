@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qat.errors import UserError
+from qat.report import counted
 
 LEAST_AGREEMENT = 0.99
 _WAYS = {
@@ -42,7 +43,7 @@ def breaches(report: dict[str, Any]) -> Iterator[str]:
     if not report["integers_match"]:
         yield f"the file's integers differ from the model's: {report['mismatches'][0]}"
     if tflite["float_operators"]:
-        yield f"these operators compute in float: {', '.join(tflite['float_operators'])}"
+        yield f"these operators compute in float: {counted(tflite['float_operators'])}"
     if agreement is not None and agreement < LEAST_AGREEMENT:
         yield f"file and model agree on {agreement:.4f}, below {LEAST_AGREEMENT}"
     yield from _departures(report)

@@ -121,6 +121,7 @@ HELPERS = {
         lambda x: layers.Normalization(mean=[1.0, 2, 3, 4], variance=[4.0, 3, 2, 1])(x),
         "Affine",
     ),
+    "center": (lambda x: layers.CenterCrop(5, 6)(x), "Cropping2D"),
     "inverse": (lambda x: layers.Normalization(mean=1.0, variance=4.0, invert=True)(x), "Affine"),
     "LayerScale": (lambda x: LayerScale(1e-6, 4)(x), "ChannelScale"),
     "StochasticDepth": (lambda x: StochasticDepth(0.2)(x), "Dropout"),
@@ -257,7 +258,8 @@ REFUSED = {
     "ranks": (lambda x: x + tf.reduce_mean(x, [1, 2]), "reshape"),
     "bounds": (lambda x: tf.clip_by_value(x, -1, 1), "bounds from below"),
     "upper bound": (lambda x: tf.minimum(x, 1.0), "bounds from above"),
-    "matmul": (lambda x: tf.matmul(x, x, transpose_b=True), "use Dense"),
+    "matmul": (lambda x: tf.matmul(x, np.ones((8, 4, 5), np.float32)), "use Dense"),
+    "cropped too far": (lambda x: layers.CenterCrop(9, 6)(x), "no smaller than its own"),
     "shape": (lambda x: x * tf.cast(tf.shape(x)[1], tf.float32), "give them as numbers"),
     "batch": (lambda x: x[0], "the batch"),
     "transposed batch": (lambda x: tf.transpose(x), "the batch"),
@@ -272,7 +274,7 @@ REFUSED = {
 def test_other_operators_are_refused_in_one_line(case):
     build, words = REFUSED[case]
     model = model_of(build, build.__code__.co_argcount)
-    with pytest.raises(ValueError, match="layer 'tf.*cannot be quantized") as error:
+    with pytest.raises(ValueError, match="layer '(tf|center).*cannot be quantized") as error:
         operators_to_layers(model)
     assert words in str(error.value) and "\n" not in str(error.value)
 

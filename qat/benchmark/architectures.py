@@ -6,7 +6,6 @@ architecture takes: calibrated, trained one step, exported, verified.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import inspect
 import json
@@ -31,7 +30,7 @@ from qat.loading import load_model
 from qat.machine import machine
 from qat.objective import objective
 from qat.reestimate import reestimate_batch_norm
-from qat.report import to_json
+from qat.report import counted, to_json
 from qat.settle import settle_biases
 from qat.verify.compare import verify_tflite
 
@@ -100,15 +99,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['name']} | {row['side']} | {row['parameters']:,} | "
             f"{'match' if row['integers_match'] else 'DIFFER'} | "
-            f"{_counted(row['float_operators'])} | {snr} | {row['bytes'] / 1e6:.1f} | "
+            f"{counted(row['float_operators'])} | {snr} | {row['bytes'] / 1e6:.1f} | "
             f"{row['seconds']['quantize']:.0f}, {sum(row['seconds'].values()):.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _counted(operators: Sequence[str]) -> str:
-    found = collections.Counter(operators)
-    return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"
 
 
 def _measure_in_processes(

@@ -20,6 +20,7 @@ from qat.export.tflite import export_tflite
 from qat.larq_file import runs_on_larq
 from qat.recipe import TERNARY, load_recipe
 from qat.recommended import train_quantized
+from qat.report import counted
 from qat.settings import recommended
 from qat.tflite_file import FileModel, read_file
 from qat.verify.compare import Verification, verify_tflite
@@ -197,8 +198,8 @@ def _difference(one: np.ndarray, other: np.ndarray) -> list[float]:
 
 
 def _of_file(found: Verification) -> list[str]:
-    floats = ", ".join(found.float_operators)
-    return [*found.mismatches, *([f"operators in float: {floats}"] if floats else [])]
+    floats = found.float_operators
+    return [*found.mismatches, *([f"operators in float: {counted(floats)}"] if floats else [])]
 
 
 def _of_kernels(recipe: str, levels: dict[str, int], bits: dict[str, int]) -> list[str]:

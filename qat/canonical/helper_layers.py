@@ -60,10 +60,21 @@ def _random_crop(call: OperatorCall, x: Any) -> Any:
     return x
 
 
+def _center_crop(call: OperatorCall, x: Any) -> Any:
+    layer = call.call.layer
+    sizes = zip(x.shape[1:3], (layer.height, layer.width), strict=True)
+    spare = [-1 if size is None else size - wanted for size, wanted in sizes]
+    if min(spare) < 0:
+        raise NoLayerError("it crops images of a known size, no smaller than its own, alone")
+    cropping = tuple((rest // 2, rest - rest // 2) for rest in spare)
+    return call.layer(layers.Cropping2D, cropping)(x)
+
+
 REWRITES: dict[type, Callable[..., Any]] = {
     CustomScaleLayer: _scaled_sum,
     LayerScale: _layer_scale,
     StochasticDepth: _stochastic_depth,
+    layers.CenterCrop: _center_crop,
     layers.Normalization: _normalization,
     layers.RandomCrop: _random_crop,
 }
