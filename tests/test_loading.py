@@ -102,6 +102,26 @@ def test_hdf5_files_may_have_any_name_that_keras_reads(tmp_path):
     assert qat.load_model(str(path.rename(tmp_path / "two.keras"))).name == "tiny"
 
 
+def loss_of_ones_own(y_true, y_pred):
+    return y_true - y_pred
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_loss_of_the_users_own_is_no_obstacle(name, nested, tmp_path):
+    """What a model was trained with stays out of it; Keras wants to know that of a model inside."""
+    framework = framework_of(name)
+    model = tiny(framework)
+    model.compile("sgd", loss=loss_of_ones_own)
+    if nested:
+        x = framework.Input(SEQUENCE)
+        model = framework.Model(x, framework.layers.Dense(2)(model(x)))
+    given = {"loss_of_ones_own": loss_of_ones_own} if nested and name.endswith(".keras") else None
+    loaded = qat.load_model(saved(model, tmp_path / name), custom_objects=given)
+    x = np.ones((2, *SEQUENCE), np.float32)
+    np.testing.assert_allclose(loaded(x), np.asarray(model(x)), rtol=1e-5, atol=1e-6)
+
+
 def test_layers_that_applications_define_are_known(tmp_path):
     from tf_keras.src.applications.convnext import LayerScale
 
@@ -198,6 +218,18 @@ def uses_a_function_of_keras(config):
     }
 
 
+def hides_it_in_a_loss(config):
+    config["compile_config"] = {
+        "optimizer": "sgd",
+        "loss": {
+            "module": "sneaky_module",
+            "class_name": "function",
+            "config": "run",
+            "registered_name": "run",
+        },
+    }
+
+
 def hides_it_in_an_initializer(config):
     layer_of(config, "shared")["config"]["kernel_initializer"] = {
         "module": "sneaky_module",
@@ -226,6 +258,16 @@ def test_what_a_file_names_is_not_imported(name, change, tmp_path, monkeypatch):
     with pytest.raises(QatError, match="'shared' .* neither Keras's nor given; pass") as error:
         qat.load_model(path)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "trace").exists() and "sneaky_module" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ("two.keras", "three.keras"))
+def test_a_loss_is_not_imported(name, tmp_path, monkeypatch):
+    module = tmp_path / "sneaky_module.py"
+    module.write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\ndef run(x): return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = edited(saved(tiny(framework_of(name)), tmp_path / name), hides_it_in_a_loss)
+    assert qat.load_model(path).name == "tiny"
     assert not (tmp_path / "trace").exists() and "sneaky_module" not in sys.modules
 
 

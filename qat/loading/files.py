@@ -77,6 +77,7 @@ def _archive(path: pathlib.Path) -> ModelFile:
             raise ModelError(f"{path}: a zip file without config.json is no Keras model")
         metadata = json.loads(archive.read("metadata.json"))
         config = json.loads(archive.read("config.json"))
+    config.pop("compile_config", None)  # losses and metrics, of any class; never loaded
     if str(metadata.get("format", "")).startswith("qat"):
         raise ModelError(
             f"{path} is a quantized model: open it with qat.load_quantized_model, or give the "
