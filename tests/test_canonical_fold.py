@@ -75,6 +75,8 @@ def read_twice(x):
 
 KEPT = {
     "padding": lambda x: layers.Conv2D(3, 3, padding="same")(affine()(x)),
+    "in front of a pad": lambda x: layers.Conv2D(3, 3)(layers.ZeroPadding2D(1)(affine()(x))),
+    "in front of a pool": lambda x: layers.MaxPooling2D(2, padding="same")(norm()(x)),
     "trained norm": lambda x: layers.Conv2D(3, 3)(norm(trainable=True)(x)),
     "relu": lambda x: layers.Conv2D(3, 3)(layers.ReLU()(norm()(x))),
     "behind a kernel": lambda x: layers.Conv2D(3, 3)(norm()(layers.Conv2D(2, 3)(x))),

@@ -23,7 +23,7 @@ import tf_keras
 
 from qat.apply import quantize_model
 from qat.calibrate import calibrate
-from qat.errors import QatError, UserError
+from qat.errors import UserError
 from qat.export.tflite import export_tflite
 from qat.files import write_whole
 from qat.loading import load_model
@@ -136,8 +136,9 @@ def measure(name: str, recipe: str, seed: int) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     try:
         found = _measured(name, recipe, seed, seconds)
-    except QatError as error:
-        return {"name": name, "error": str(error)}
+    except Exception as error:  # a row like others: the table is where such a bug shows
+        lines = str(error).splitlines() or [""]
+        return {"name": name, "error": f"{type(error).__name__}: {lines[0]}"}
     return {"name": name, "error": None, "recipe": recipe, "seed": seed, **found}
 
 

@@ -57,12 +57,12 @@ class _Folding:
         before = self.producer.get(id(call.inputs[0]))
         if before is not None and type(before.layer) in (*_KERNELS, layers.Conv2DTranspose):
             return None
-        reader = self.readers[id(call.output)][0]
-        pads = getattr(reader.layer, "padding", "valid") != "valid" and any(
-            size != 1 for size in reader.layer.kernel_size
-        )
-        known = type(reader.layer) in _KERNELS and getattr(reader.layer, "groups", 1) == 1
-        return reader.layer if known and not pads and self.counts[id(reader.layer)] == 1 else None
+        reader = self.readers[id(call.output)][0].layer
+        if type(reader) not in _KERNELS or self.counts[id(reader)] != 1:
+            return None
+        one_pixel = set(getattr(reader, "kernel_size", (1,))) == {1}
+        pads = getattr(reader, "padding", "valid") != "valid" and not one_pixel
+        return None if pads or getattr(reader, "groups", 1) != 1 else reader
 
     def _alone(self, call: Call) -> bool:
         """Called once, and read by one call of a layer."""
