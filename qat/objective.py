@@ -13,6 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 from qat.errors import UserError
+from qat.layers import FakeQuantize
 
 SPARSE = "sparse_categorical_crossentropy"
 # From the loss of an output follows which metric people read: {loss: metric class}.
@@ -162,11 +163,19 @@ def ends_in_probability(tensor: Any) -> bool:
     return last_activation(tensor) in ("softmax", "sigmoid")
 
 
+def ends_in_softmax(model: tf_keras.Model) -> bool:
+    """Whether a float or quantized classifier gives probabilities, not logits."""
+    return last_activation(model.outputs[0]) == "softmax"
+
+
 def last_activation(tensor: Any) -> str:
     """The name of the activation that a model's output comes from; "" for none."""
     layer = tensor.node.layer
     if isinstance(layer, tf_keras.Model):
         return last_activation(layer.outputs[tensor._keras_history.tensor_index])
+    if isinstance(layer, FakeQuantize):
+        return last_activation(tensor.node.keras_inputs[0])
+    layer = getattr(layer, "layer", layer)  # a wrapper's own
     if isinstance(layer, tf_keras.layers.Softmax):
         return "softmax"
     return getattr(getattr(layer, "activation", None), "__name__", "")

@@ -12,7 +12,6 @@ import tensorflow as tf
 import tf_keras
 
 from qat import callbacks as qat_callbacks
-from qat.callbacks.distillation import ends_in_softmax
 from qat.callbacks.guards import TrainingError, one_line_errors
 from qat.callbacks.progress import quiet
 from qat.checkpoints import CheckpointFolder, stopping_at_signals
@@ -32,7 +31,6 @@ __all__ = [
     "TrainConfig",
     "TrainingData",
     "TrainingError",
-    "ends_in_softmax",
     "fit",
 ]
 

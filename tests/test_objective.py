@@ -5,11 +5,13 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+import qat
 from qat.errors import UserError
 from qat.objective import (
     Objective,
     OutputLoss,
     classification,
+    ends_in_softmax,
     imitation,
     last_activation,
     objective,
@@ -81,6 +83,13 @@ def test_the_last_activation_is_found_in_nested_models_and_layers():
     assert last_activation(outer.outputs[0]) == "softmax"
     assert last_activation(model((2, "sigmoid")).outputs[0]) == "sigmoid"
     assert last_activation(tf_keras.Model(inputs, layers.Flatten()(inputs)).outputs[0]) == ""
+
+
+@pytest.mark.parametrize("activation", ["softmax", "linear"])
+def test_a_quantized_model_ends_as_its_float_one(activation):
+    net = model((3, activation))
+    for each in (net, qat.quantize_model(net, "w8a8"), qat.quantize_model(net, "w4a4")):
+        assert ends_in_softmax(each) == (activation == "softmax")
 
 
 @pytest.mark.parametrize(

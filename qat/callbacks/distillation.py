@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_keras
 
 from qat.callbacks.scheduled import Scheduled, hook_loss, unhook_loss
+from qat.objective import ends_in_softmax
 
 _SMALLEST_PROBABILITY = 1e-7  # as tf_keras clips them
 
@@ -103,17 +104,6 @@ class Distillation(Scheduled):
         if self._target is not None:
             unhook_loss(self.model, self._target)
             self._target = None
-
-
-def ends_in_softmax(model: tf_keras.Model) -> bool:
-    """Whether the float or quantized model's output is a probability."""
-    for layer in reversed(model.layers):
-        activation = getattr(getattr(layer, "layer", layer), "activation", None)
-        if isinstance(layer, tf_keras.layers.Softmax):
-            return True
-        if activation is not None:
-            return activation is tf_keras.activations.softmax
-    return False
 
 
 def _logits(probabilities: tf.Tensor) -> tf.Tensor:
