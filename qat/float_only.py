@@ -7,7 +7,7 @@ import tf_keras
 layers = tf_keras.layers
 _NORMALIZES = "TFLite has no integer kernel for the square roots and quotients of a normalization"
 _THREE = "TFLite's three-dimensional convolutions have float kernels only"
-_ATTENTION = "with a mask, a scale of its own or several axes it is computed in float32 here"
+_ATTENTION = "with masks, options or axes of this kind it is computed in float32 here"
 _LOCAL = "no TFLite kernel has a filter of its own for each place"
 # Layers without an integer operator, and why; they stay in float32 whatever the recipe says.
 FLOAT_ONLY: dict[type, str] = {

@@ -95,7 +95,9 @@ def symmetric_grid(bound: tf.Tensor, *, num_bits: int, narrow_range: bool = True
             "qat.quantizers.BinaryWeightQuantizer or BinaryActivationQuantizer"
         )
     qmax = 2 ** (num_bits - 1) - 1
-    scale = tf.maximum(_quotient(bound, float(qmax)), SMALLEST_SCALE)
+    scale = _quotient(bound, float(qmax))
+    # Only activations have 16 bits; those that are zeros get range 1, see `affine_grid`.
+    scale = _usable(scale, qmax) if num_bits == 16 else tf.maximum(scale, SMALLEST_SCALE)
     qmin = -qmax if narrow_range else -qmax - 1
     return Grid(scale=scale, zero_point=tf.constant(0.0), qmin=qmin, qmax=qmax)
 
@@ -127,10 +129,15 @@ def affine_grid(minimum: tf.Tensor, maximum: tf.Tensor, *, num_bits: int) -> Gri
     if num_bits > 1:
         half = float(levels // 2)
         scale = tf.where(minimum == -maximum, _quotient(maximum, half), scale)
-    scale = tf.where(scale < _SMALLEST_NORMAL, 1.0 / levels, tf.maximum(scale, SMALLEST_SCALE))
+    scale = _usable(scale, levels)
     zero_point = tf.round(qmin - minimum / scale)
     zero_point = tf.clip_by_value(zero_point, float(qmin), float(CONTAINER_TOP))
     return Grid(scale=scale, zero_point=zero_point, qmin=qmin, qmax=CONTAINER_TOP)
+
+
+def _usable(scale: tf.Tensor, levels: int) -> tf.Tensor:
+    """The scale of a range of real numbers; that of a range of 1, if they are all zeros."""
+    return tf.where(scale < _SMALLEST_NORMAL, 1.0 / levels, tf.maximum(scale, SMALLEST_SCALE))
 
 
 def _quotient(x: tf.Tensor, divisor: float) -> tf.Tensor:

@@ -13,14 +13,14 @@ from qat.grid import Grid
 from qat.layers import FakeQuantize
 from qat.operator_layers import Affine, ChannelScale
 from qat.tflite_file import FileModel, FileOperator, FileTensor
-from qat.ties import LARGEST_BIAS
+from qat.ties import largest_bias
 
 layers = tf_keras.layers
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose)
 # Scales and biases are worked out in float64 and stored in float32.
 _FLOAT32_ERROR = 1e-6
-# A kernel's scale is raised only where its bias would leave int32.
+# A kernel's scale is raised only where its bias would leave half of int32.
 _RAISED_BIAS = 2**29
 
 
@@ -71,11 +71,13 @@ def scale_or_bias_mismatch(
         expected = expected - np.where(power < 1, power / (2 * multiplier), 0)
     allowed = 0.5 + _FLOAT32_ERROR * np.abs(expected)
     if operator.outputs[0].scale.size:
-        # Cut where it leaves both int32 and, by a whole range, the output's: no sum comes back.
-        beyond = LARGEST_BIAS * float(x.scale[0]) * stored >= 511 * float(
-            operator.outputs[0].scale[0]
-        )
-        raised |= beyond & (codes.data == np.clip(expected, -LARGEST_BIAS, LARGEST_BIAS))
+        # Cut where it leaves its register and, by a whole range, the output's: no sum comes back.
+        wide = codes.dtype == "int64"
+        output_step = float(operator.outputs[0].scale[0])
+        limit = largest_bias(float(x.scale[0]) * stored, output_step, wide=wide)
+        beyond = limit * float(x.scale[0]) * stored >= 511 * (256 if wide else 1) * output_step
+        cut = np.clip(np.rint(expected), -limit, limit)
+        raised |= beyond & (np.abs(expected) > limit) & (np.abs(codes.data - cut) <= 1)
     if (~raised & (np.abs(codes.data - expected) > allowed)).any():
         return f"the bias {codes.name} differs"
     return None

@@ -30,6 +30,14 @@ _LEGAL = (
     "mean_absolute_error",
     "huber",
 )
+# Behind which an output is still a probability.
+_CHANGES_NO_NUMBER = (
+    FakeQuantize,
+    tf_keras.layers.Dropout,
+    tf_keras.layers.Flatten,
+    tf_keras.layers.Permute,
+    tf_keras.layers.Reshape,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +181,7 @@ def last_activation(tensor: Any) -> str:
     layer = tensor.node.layer
     if isinstance(layer, tf_keras.Model):
         return last_activation(layer.outputs[tensor._keras_history.tensor_index])
-    if isinstance(layer, FakeQuantize):
+    if isinstance(layer, _CHANGES_NO_NUMBER):
         return last_activation(tensor.node.keras_inputs[0])
     layer = getattr(layer, "layer", layer)  # a wrapper's own
     if isinstance(layer, tf_keras.layers.Softmax):

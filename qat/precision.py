@@ -10,6 +10,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import calls, functional
+from qat.wrapper import kernels_once_a_call
 
 LEGAL = ("float32", "bfloat16", "float16")
 
@@ -52,7 +53,7 @@ def in_precision(model: tf_keras.Model, dtype: str) -> tf_keras.Model:
     with tfmot.quantization.keras.quantize_scope():
         made = tf_keras.models.clone_model(model, clone_function=copy)
     made.set_weights(model.get_weights())
-    return made
+    return kernels_once_a_call(made)
 
 
 def _last_layers(model: tf_keras.Model) -> set[int]:

@@ -251,7 +251,7 @@ def _round(
     """Changes the variable so that `factor · variable + rest` is whole steps, plus `ahead`.
 
     Given the kernel's sums and its output's grid, a number that keeps clear of rounding ties.
-    Channels whose bias leaves int32 are left alone: the export raises their scale.
+    Channels whose bias leaves half of int32 are left alone: the export raises their scale.
     """
     value = variable.numpy().astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):

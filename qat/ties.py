@@ -21,8 +21,9 @@ import numpy as np
 
 from qat.grid import Grid
 
-# Codes of an int32 bias: as many again are the products'.
-LARGEST_BIAS = 2**30
+# Codes of an int32 bias, as many again are the products'; and of an int64 one, whose sums the
+# kernels multiply as 47-bit numbers.
+LARGEST_BIAS, LARGEST_WIDE_BIAS = 2**30, 2**46
 # How many consecutive biases there are to choose from, and how far they spread at most, in steps of
 # the output's grid.
 _MOST_BIASES, _FARTHEST = 64, 1 / 8
@@ -31,6 +32,16 @@ _FLOAT_ERROR = 2.0**-12
 # Steps of the accumulator, in steps of the output's grid, below which the second rounding is left
 # as it is: it moves less than this share of the codes, by one.
 _NEGLIGIBLE = 2.0**-11
+
+
+def largest_bias(step: np.ndarray, output_step: float, *, wide: bool) -> np.ndarray:
+    """Where a bias's code is cut: a kernel's sums, and their multiples, fit their registers.
+
+    Args:
+        step: of the accumulator, per channel. wide: for sums of 64 bits.
+    """
+    cap = LARGEST_WIDE_BIAS if wide else LARGEST_BIAS
+    return np.floor(np.minimum(cap, 2.0**30 * output_step / step))
 
 
 def from_lowest(step: np.ndarray, grid: Grid) -> Grid:

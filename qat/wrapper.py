@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
+import types
 from collections.abc import Callable, Iterator
 
 import tensorflow as tf
@@ -33,16 +33,15 @@ def kernels_once_a_call(model: tf_keras.Model) -> tf_keras.Model:
     """Has a layer that the model calls several times quantize its kernel once a call of the model.
 
     No longer than that: no optimizer changes a variable in it, and one gradient tape sees all of
-    it. The model stays of Keras's own class, since a file with another is not loaded without it.
+    it. The model stays of Keras's own class, since a file with another is not loaded without it;
+    copies of the model that others make (`clone_model`) quantize at each call of the layer.
     """
-    plain = model.call
 
-    @functools.wraps(plain)
-    def call(inputs, training=None, mask=None):
+    def call(self, inputs, training=None, mask=None):
         with _one_call():
-            return plain(inputs, training=training, mask=mask)
+            return type(self).call(self, inputs, training=training, mask=mask)
 
-    model.call = call
+    model.call = types.MethodType(call, model)  # SavedModels want it bound
     return model
 
 
@@ -68,7 +67,7 @@ class KernelWrapper(QuantizeWrapperV2):
     def call(self, inputs, *others, training=None, **kwargs):
         if not others:
             return super().call(inputs, training=training, **kwargs)
-        # Layers of several arguments, e.g. attention, are never quantized.
+        # Layers of several arguments, e.g. masked attention, are never quantized.
         mode = {"training": training} if self.layer._expects_training_arg else {}
         return self.layer.call(inputs, *others, **mode, **kwargs)
 

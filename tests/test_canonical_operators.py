@@ -259,6 +259,11 @@ REFUSED = {
     "bounds": (lambda x: tf.clip_by_value(x, -1, 1), "bounds from below"),
     "upper bound": (lambda x: tf.minimum(x, 1.0), "bounds from above"),
     "matmul": (lambda x: tf.matmul(x, np.ones((8, 4, 5), np.float32)), "use Dense"),
+    "matmul of examples": (
+        lambda x, y: tf.matmul(x[:, 0, 0], y[:, 0, 0], transpose_b=True),
+        "the batch",
+    ),
+    "broadcast matmul": (lambda x, y: tf.matmul(x, y[:, :1], transpose_b=True), "example by"),
     "cropped too far": (lambda x: layers.CenterCrop(9, 6)(x), "no smaller than its own"),
     "shape": (lambda x: x * tf.cast(tf.shape(x)[1], tf.float32), "give them as numbers"),
     "batch": (lambda x: x[0], "the batch"),

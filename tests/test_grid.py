@@ -157,6 +157,7 @@ def test_a_balanced_range_loses_neither_end(bits, bound):
         (affine_grid(tf.constant(0.0), tf.constant(0.0), num_bits=8), 1 / 255),
         (affine_grid(tf.constant(0.0), tf.constant(1e-30), num_bits=8), SMALLEST_SCALE),
         (symmetric_grid(tf.constant(0.0), num_bits=8), SMALLEST_SCALE),
+        (symmetric_grid(tf.constant(0.0), num_bits=16), 1 / 32767),
     ],
 )
 def test_a_range_of_zero_gives_finite_codes(grid, scale):

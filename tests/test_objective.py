@@ -88,7 +88,8 @@ def test_the_last_activation_is_found_in_nested_models_and_layers():
 @pytest.mark.parametrize("activation", ["softmax", "linear"])
 def test_a_quantized_model_ends_as_its_float_one(activation):
     net = model((3, activation))
-    for each in (net, qat.quantize_model(net, "w8a8"), qat.quantize_model(net, "w4a4")):
+    flat = tf_keras.Model(net.inputs, layers.Reshape((3, 1))(net.outputs[0]))
+    for each in (net, flat, qat.quantize_model(net, "w8a8"), qat.quantize_model(flat, "w4a4")):
         assert ends_in_softmax(each) == (activation == "softmax")
 
 

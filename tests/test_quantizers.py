@@ -561,10 +561,12 @@ def test_batches_of_zeros_leave_the_range(channel_axes):
     """Units that no example activates any more: their range would fade until nothing fits it."""
     quantizer = MovingAverageQuantizer(channel_axes=channel_axes)
     weights = build(quantizer, [None, 2])
-    zeros = tf.zeros([3, 2])
+    zeros, ones = tf.zeros([3, 2]), tf.ones([3, 2])
     quantizer(zeros, True, weights)
     assert np.all(quantizer.grid(weights).scale.numpy() == F32(1 / 255))  # of [0, 1]
-    quantizer(tf.ones([3, 2]), True, weights)
+    quantizer(ones, True, weights)
+    # The first numbers count as if nothing had been before.
+    np.testing.assert_allclose(quantizer.grid(weights).scale, F32(1 / 255), rtol=1e-6)
     before = {key: variable.numpy() for key, variable in weights.items()}
     for _ in range(3):
         quantizer(zeros, True, weights)
@@ -572,6 +574,15 @@ def test_batches_of_zeros_leave_the_range(channel_axes):
         np.testing.assert_array_equal(variable.numpy(), before[key])
     quantizer(tf.constant([[0.0, 0.0], [0.0, 1.0]]), True, weights)
     assert weights["observed"].numpy() > before["observed"]
+
+
+def test_a_range_calibrated_on_zeros_is_no_past():
+    """A branch behind a gamma of 0, calibrated, then trained."""
+    quantizer = MovingAverageQuantizer()
+    weights = build(quantizer, [None])
+    quantizer.set_range(weights, 0.0, 0.0)
+    y = quantizer(tf.constant([0.0, 5.0]), True, weights)
+    np.testing.assert_allclose(y, [0.0, 5.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0, float("nan")])

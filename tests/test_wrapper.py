@@ -10,6 +10,7 @@ import tf_keras
 import qat
 from qat import quantizers
 from qat.forward import forward, in_mode
+from qat.precision import in_precision
 
 layers = tf_keras.layers
 
@@ -114,3 +115,31 @@ def test_a_saved_model_does_so_too(tmp_path, times_quantized):
     times_quantized.clear()
     loaded(images(), training=True)
     assert sorted(times_quantized.values()) == [1, 1, 1]
+
+
+def test_so_does_its_copy_for_mixed_precision(times_quantized):
+    copy = in_precision(heads("w8a8"), "bfloat16")
+    times_quantized.clear()
+    copy(images(), training=True)
+    assert sorted(times_quantized.values()) == [1, 1, 1]
+
+
+def test_it_is_written_as_a_saved_model(tmp_path):
+    model = heads("w8a8")
+    model(images(), training=True)
+    model.save(tmp_path / "folder", save_format="tf")
+    with tf_keras.utils.custom_object_scope({}):
+        loaded = tf_keras.models.load_model(tmp_path / "folder")
+    for one, other in zip(model(images()), loaded(images()), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_mode_that_is_a_tensor(times_quantized):
+    """A branch's tensors stay in it: each call of the head quantizes in branches of its own."""
+    model = heads("w8a8")
+    run = tf.function(lambda x, mode: model(x, training=mode))
+    for mode in (True, False):
+        found = run(tf.constant(images()), tf.constant(mode))
+        expected = model(images(), training=False)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

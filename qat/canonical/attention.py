@@ -8,28 +8,42 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import tf_keras
 
 from qat.canonical.composites import Once
+from qat.errors import ModelError
 from qat.operator_layers import MatMul
 
 layers = tf_keras.layers
 SetWeights = Callable[[], None]
+_DENSE = re.compile(r"((?:\.\.\.)?\w*)(\w),(\w)(\w)->((?:\.\.\.)?\w*)(\w)")
 
 
 def takes_apart(layer: layers.Layer, args: tuple, kwargs: dict) -> bool:
-    """Whether `take_apart` knows this call."""
+    """Whether `take_apart` knows this call.
+
+    Raises:
+        ModelError: an attention that is causal by an option that Keras does not save.
+    """
     if type(layer) not in _SPLITS:
         return False
+    if getattr(layer, "causal", False):
+        raise ModelError(
+            f"layer {layer.name!r} ({type(layer).__name__}) has causal=True, which Keras loses "
+            "when it copies the layer; call it with use_causal_mask=True"
+        )
     given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
     inputs = [given.pop(name, None) for name in ("inputs", "query", "value", "key")]
-    ranks = {tensor.shape.rank for tensor in inputs for tensor in _tensors(tensor)}
+    tensors = [tensor for value in inputs for tensor in _tensors(value)]
+    masked = any(getattr(tensor, "_keras_mask", None) is not None for tensor in tensors)
     # What is left are masks, modes and further outputs.
     plain = all(value is None or value is False for value in given.values())
-    return plain and _PLAIN[type(layer)](layer, ranks)
+    plain = plain and not masked and layer.activity_regularizer is None
+    return plain and _PLAIN[type(layer)](layer, {tensor.shape.rank for tensor in tensors})
 
 
 def _tensors(value: Any) -> list:
@@ -58,10 +72,14 @@ def _split_heads(layer: layers.MultiHeadAttention, given: dict, once: Once):
         apart = once(layer, f"{part}_apart", _maker(layers.Reshape, (-1, count, size)))
         return once(layer, f"{part}_turned", _maker(layers.Permute, (2, 1, 3)))(apart(x))
 
-    # The scores' factor 1 / √d is the query kernel's.
-    query = heads("query", query, 1.0 / math.sqrt(layer._key_dim))
+    factor = 1.0 / math.sqrt(layer._key_dim)
+    if layer._kernel_regularizer or layer._bias_regularizer:
+        query = heads("query", query)
+        query = once(layer, "query_scaled", _maker(layers.Rescaling, factor))(query)
+    else:
+        query = heads("query", query, factor)
     key, value = heads("key", key), heads("value", value)
-    x = _attend(layer, query, key, value, layer._dropout, once)
+    x = _attend(layer, query, key, value, _dropout(layer._dropout, given), once)
     x = once(layer, "turned", _maker(layers.Permute, (2, 1, 3)))(x)
     inner = layer._output_dense
     count, size, units = inner.kernel.shape
@@ -73,7 +91,11 @@ def _split_heads(layer: layers.MultiHeadAttention, given: dict, once: Once):
 def _split_attention(layer: layers.Attention, given: dict, once: Once):
     query, value, *rest = given["inputs"]
     key = rest[0] if rest else value
-    return _attend(layer, query, key, value, layer.dropout, once), []
+    return _attend(layer, query, key, value, _dropout(layer.dropout, given), once), []
+
+
+def _dropout(rate: float, given: dict) -> float:
+    return 0.0 if given.get("training") is False else rate
 
 
 def _attend(layer: layers.Layer, query, key, value, dropout: float, once: Once) -> Any:
@@ -94,8 +116,9 @@ def _split_dot(layer: layers.Dot, given: dict, once: Once):
         one, other, first, second = row(one), row(other), 2, 2
     if first == 1:
         one = once(layer, "turned", _maker(layers.Permute, (2, 1)))(one)
-    x = once(layer, "product", _maker(MatMul, transpose_b=second == 2))([one, other])
-    return (once(layer, "number", _maker(layers.Reshape, (1,)))(x) if vectors else x), []
+    suffix = "number" if vectors else "product"
+    x = once(layer, suffix, _maker(MatMul, transpose_b=second == 2))([one, other])
+    return (once(layer, "column", _maker(layers.Reshape, (1,)))(x) if vectors else x), []
 
 
 def _dot_axes(layer: layers.Dot, rank: int) -> tuple[int, int]:
@@ -110,11 +133,13 @@ def _split_einsum(layer: layers.EinsumDense, given: dict, once: Once):
 
 
 def _is_dense(layer: layers.EinsumDense) -> bool:
-    """Whether its equation is Dense's, `…x,xy->…y`."""
-    inputs, rest = layer.equation.replace("...", "").split(",")
-    kernel, outputs = rest.split("->")
-    dense = kernel == inputs[-1:] + outputs[-1:] and inputs[:-1] == outputs[:-1]
-    return dense and layer.bias_axes in (None, outputs[-1:])
+    """Whether its equation is Dense's, e.g. `abx,xy->aby` or `...x,xy->...y`."""
+    found = _DENSE.fullmatch(layer.equation)
+    if found is None:
+        return False
+    before, summed, also_summed, made, also_before, also_made = found.groups()
+    same = (before, summed, made) == (also_before, also_summed, also_made)
+    return same and summed != made and layer.bias_axes in (None, made)
 
 
 def _dense(
@@ -150,10 +175,14 @@ _SPLITS: dict[type, Callable] = {
     layers.Dot: _split_dot,
     layers.EinsumDense: _split_einsum,
 }
+KINDS = tuple(_SPLITS)
 # Of which options and ranks of inputs.
 _PLAIN: dict[type, Callable[[Any, set[int]], bool]] = {
     layers.MultiHeadAttention: lambda layer, ranks: (
-        ranks == {3} and layer._output_dense.kernel.shape.rank == 3
+        ranks == {3}
+        and layer._attention_axes == (1,)
+        and layer._output_dense.kernel.shape.rank == 3
+        and not (layer._kernel_constraint or layer._bias_constraint)  # of other axes
     ),
     layers.Attention: lambda layer, ranks: (
         ranks == {3} and not layer.use_scale and layer.score_mode == "dot"

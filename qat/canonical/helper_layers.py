@@ -1,4 +1,4 @@
-"""Layers that are a constant or a trained factor → `Affine`, `ChannelScale`; and drop paths.
+"""Layers that are a factor → `Affine`, `ChannelScale`; drop paths and crops.
 
 Each function takes an `OperatorCall` and the call's inputs.
 """

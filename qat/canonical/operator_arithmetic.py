@@ -86,8 +86,10 @@ def _matmul(
 ) -> Any:
     if not (is_tensor(a) and is_tensor(b)):
         raise NoLayerError("a product with a constant is a layer with a kernel; use Dense")
-    if len(a.shape) != len(b.shape) or any(options.values()):
-        raise NoLayerError("only plain products of tensors of one rank are supported")
+    if len(a.shape) < 3 and len(b.shape) < 3:
+        raise NoLayerError("it works on axis 0, the batch")
+    if tuple(a.shape[:-2]) != tuple(b.shape[:-2]) or any(options.values()):
+        raise NoLayerError("only plain products, example by example, are supported")
     if transpose_a:
         turned = [*range(1, len(a.shape) - 2), len(a.shape) - 1, len(a.shape) - 2]
         a = call.layer(layers.Permute, turned, suffix="turned")(a)

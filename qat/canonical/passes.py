@@ -11,7 +11,7 @@ import tf_keras
 
 from qat.canonical import attention, composites
 from qat.canonical.as_layers import as_layers
-from qat.canonical.graph import Call, LayerCopies, rebuild
+from qat.canonical.graph import Call, LayerCopies, calls, rebuild
 from qat.errors import ModelError
 
 layers = tf_keras.layers
@@ -44,9 +44,9 @@ def canonicalize(model: tf_keras.Model) -> tuple[tf_keras.Model, dict[str, str]]
     """A new functional model of the same float function, and where its layers came from.
 
     Nested models, operator calls and helper layers become plain layers (`as_layers`), separable
-    convolutions a depthwise and a pointwise one, sums and products of many pairs, and
-    `activation=` arguments layers, so that each layer is one operator of the file. Activation
-    functions get one spelling. Weights are copied.
+    convolutions a depthwise and a pointwise one, attention Dense layers and products, sums and
+    products of many pairs, and `activation=` arguments layers, so that each layer is one operator
+    of the file. Activation functions get one spelling. Weights are copied.
 
     Returns:
         (model, origins): origins maps each new layer's name to the name of the user's layer.
@@ -71,6 +71,12 @@ class _Rewriter:
         self.origins = {layer.name: layer.name for layer in model.layers}
         self.made: dict[tuple[int, str], layers.Layer] = {}
         self.split_weights: list[Callable[[], None]] = []
+        # A layer that is called in two ways, only one of which can be taken apart, stays one layer.
+        self.whole = {
+            id(call.layer)
+            for call in calls(model)
+            if not attention.takes_apart(call.layer, *call.arguments)
+        }
 
     def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
         layer = call.layer
@@ -87,7 +93,7 @@ class _Rewriter:
             self.split_weights.append(set_weights)
             x = inner(args[0])
             return x if composites.is_linear(layer.layer) else self.activated(layer, x, layer.layer)
-        if attention.takes_apart(layer, args, kwargs):
+        if type(layer) in attention.KINDS and id(layer) not in self.whole:
             x, setters = attention.take_apart(layer, args, kwargs, self.once)
             self.split_weights += setters
             return x if composites.is_linear(layer) else self.activated(layer, x)

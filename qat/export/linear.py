@@ -13,9 +13,8 @@ from qat.export.containers import Container, kernel_container
 from qat.export.graph import Tensor, activation_dtype
 from qat.export.pending import FUSED, Pending
 from qat.grid import Grid
-from qat.ties import LARGEST_BIAS, early, from_lowest
+from qat.ties import LARGEST_BIAS, early, from_lowest, largest_bias
 
-_LARGEST_WIDE_BIAS = 2**46  # kernels that read 16 bits multiply their sums as 47-bit numbers
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
@@ -126,9 +125,8 @@ class Linear(Pending):
         step = np.float64(self.x.tensor.scale[0]) * scale.astype(np.float64)
         ahead = early(step, written, rectified=self.activation is not None) if twice else 0.0
         wide = activation_dtype(written) == "int16"
-        # Half of int32 is the bias's, the other half the products'. Beyond it no output but an end
-        # of its range is left, see `_kernel_scale`.
-        limit = _LARGEST_WIDE_BIAS if wide else LARGEST_BIAS
+        # Beyond it no output but an end of its range is left, see `_kernel_scale`.
+        limit = largest_bias(step, float(written.scale), wide=wide)
         return builder.constant(
             f"{self.name}/bias",
             np.clip(np.rint(bias / step - ahead), -limit, limit).astype(np.int64),
@@ -152,7 +150,7 @@ class Linear(Pending):
         return builder.unpacked(stored, container.read, scale)
 
     def _kernel_scale(self, bias: np.ndarray, grid: Grid, finer: float) -> np.ndarray:
-        """float32 scales of the codes that the operator reads; they keep every bias inside int32.
+        """float32 scales of the codes that the operator reads; they keep biases in half of int32.
 
         A batch-norm gamma of (nearly) zero leaves a channel that is its bias alone. Raising the
         scale until the bias fits adds less than the output's rounding, once the bias itself is

@@ -162,13 +162,19 @@ class MovingAverageQuantizer(UniformQuantizer):
             return super().quantized(inputs, training, weights)
         minimum, maximum = over_replicas(*self._batch_range(inputs))
         batch = {"minimum": minimum, "maximum": maximum, "observed": tf.constant(1.0)}
-        bound = tf.maximum(-minimum, maximum)
-        bound = bound if self.channel_axes is None else tf.norm(bound, 1)
-        counts = tf.logical_or(tf.equal(weights["observed"], 0.0), tf.not_equal(bound, 0.0))
+        past = {key: tf.convert_to_tensor(variable) for key, variable in weights.items()}
+        # Zeros are no past, and no news.
+        starts = tf.equal(self._bound(past), 0.0)
+        past["observed"] = tf.where(starts, 0.0, past["observed"])
+        counts = tf.logical_or(starts, tf.not_equal(self._bound(batch), 0.0))
         for key, value in batch.items():
-            moved = ranges.moving_average(weights[key], tf.stop_gradient(value), self.decay)
+            moved = ranges.moving_average(past[key], tf.stop_gradient(value), self.decay)
             weights[key].assign(tf.where(counts, moved, weights[key]))
         return self._on(self.grid(weights), inputs)
+
+    def _bound(self, found: dict[str, tf.Tensor]) -> tf.Tensor:
+        bound = tf.maximum(-found["minimum"], found["maximum"])
+        return bound if self.channel_axes is None else tf.norm(bound, 1)
 
     def _batch_range(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if self.channel_axes is None and relu_in_front(inputs) is not None:

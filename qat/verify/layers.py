@@ -116,6 +116,8 @@ def affordable_examples(file: FileModel, most: int, multiplications: int = 10**9
         if kernel is not None:
             positions = int(np.prod(op.outputs[0].shape[1:-1]))
             each += int(np.prod(kernel.shape)) * positions
+        if op.name == "BATCH_MATMUL":
+            each += int(np.prod(op.outputs[0].shape)) * op.inputs[0].shape[-1]
     return min(most, max(1, multiplications // each))
 
 
