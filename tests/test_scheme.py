@@ -23,6 +23,7 @@ from qat.layers import FakeQuantize, ReplacedBySign
 from qat.operator_layers import (
     Affine,
     ChannelScale,
+    MatMul,
     Pad,
     ReduceMax,
     ReduceMean,
@@ -470,6 +471,7 @@ ROLE_CASES = {
     "Pad": ((8, 3), lambda x: Pad([[1, 2], [0, 1]], name="it")(x), NONE),
     "Slice": ((8, 3), lambda x: Slice([[1, 2, 1], [None] * 3], name="it")(x), NONE),
     "ReduceMax": ((8, 3), lambda x: ReduceMax([2], name="it")(x), NONE),
+    "MatMul": ((8, 3), lambda x: MatMul(transpose_b=True, name="it")([x, x]), OWN),
     "ReduceMean": ((8, 3), lambda x: ReduceMean([2], name="it")(x), OWN),
     "Affine": ((8, 8, 3), lambda x: Affine(2.0, name="it")(x), OWN),
     "ChannelScale": ((8, 8, 3), lambda x: ChannelScale(name="it")(x), OWN),
