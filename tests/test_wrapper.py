@@ -128,18 +128,17 @@ def test_it_is_written_as_a_saved_model(tmp_path):
     model = heads("w8a8")
     model(images(), training=True)
     model.save(tmp_path / "folder", save_format="tf")
-    with tf_keras.utils.custom_object_scope({}):
-        loaded = tf_keras.models.load_model(tmp_path / "folder")
+    loaded = tf_keras.models.load_model(tmp_path / "folder")
     for one, other in zip(model(images()), loaded(images()), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_mode_that_is_a_tensor(times_quantized):
+def test_a_mode_that_is_a_tensor():
     """A branch's tensors stay in it: each call of the head quantizes in branches of its own."""
     model = heads("w8a8")
     run = tf.function(lambda x, mode: model(x, training=mode))
-    for mode in (True, False):
-        found = run(tf.constant(images()), tf.constant(mode))
-        expected = model(images(), training=False)
+    run(tf.constant(images()), tf.constant(True))
+    found = run(tf.constant(images()), tf.constant(False))
+    expected = model(images(), training=False)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

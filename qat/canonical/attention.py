@@ -36,7 +36,7 @@ def takes_apart(layer: layers.Layer, args: tuple, kwargs: dict) -> bool:
             f"layer {layer.name!r} ({type(layer).__name__}) has causal=True, which Keras loses "
             "when it copies the layer; call it with use_causal_mask=True"
         )
-    given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+    given = _arguments(layer, args, kwargs)
     inputs = [given.pop(name, None) for name in ("inputs", "query", "value", "key")]
     tensors = [tensor for value in inputs for tensor in _tensors(value)]
     masked = any(getattr(tensor, "_keras_mask", None) is not None for tensor in tensors)
@@ -54,8 +54,12 @@ def take_apart(
     layer: layers.Layer, args: tuple, kwargs: dict, once: Once
 ) -> tuple[Any, list[SetWeights]]:
     """(output, setters of the new layers' weights)."""
-    given = inspect.signature(layer.call).bind(*args, **kwargs).arguments
-    return _SPLITS[type(layer)](layer, given, once)
+    return _SPLITS[type(layer)](layer, _arguments(layer, args, kwargs), once)
+
+
+def _arguments(layer: layers.Layer, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Those of the call that were given, by name."""
+    return dict(inspect.signature(layer.call).bind(*args, **kwargs).arguments)
 
 
 def _split_heads(layer: layers.MultiHeadAttention, given: dict, once: Once):
