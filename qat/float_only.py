@@ -32,7 +32,6 @@ REFUSED: dict[type, str] = {
     **dict.fromkeys(
         (
             layers.CategoryEncoding,
-            layers.Discretization,
             layers.Hashing,
             layers.HashedCrossing,
             layers.IntegerLookup,

@@ -8,7 +8,7 @@ from typing import Any
 import tf_keras
 
 from qat.canonical.graph import Call
-from qat.roles import FIXED_RANGES, KEEPS_GRID, Role, activation_name
+from qat.roles import KEEPS_GRID, Role, fixed_range
 
 layers = tf_keras.layers
 # Of numbers from 0 up they make numbers from 0 up.
@@ -41,6 +41,6 @@ def never_negative(
     if found is Role.RELU:
         return True
     if found is Role.FIXED:
-        return FIXED_RANGES[activation_name(call.layer)][0] >= 0
+        return fixed_range(call.layer, 8)[0] >= 0
     keeps = found in (*KEEPS_GRID, Role.CONCAT) or isinstance(call.layer, _COMBINE)
     return keeps and all(never_negative(x, producer, role_of, input_range) for x in call.inputs)

@@ -103,6 +103,31 @@ class MatMul(tf_keras.layers.Layer):
 
 
 @_register
+class Buckets(tf_keras.layers.Layer):
+    """The number of boundaries that x reaches, float32: Keras's Discretization, without gradient.
+
+    Args:
+        boundaries: rising numbers, at most 255, so that 8 bits can hold every bucket's number.
+    """
+
+    def __init__(self, boundaries: Sequence[float], **kwargs):
+        super().__init__(**kwargs)
+        self.boundaries = [float(number) for number in boundaries]
+
+    def call(self, inputs):
+        buckets = tf.raw_ops.Bucketize(
+            input=tf.stop_gradient(tf.cast(inputs, tf.float32)), boundaries=self.boundaries
+        )
+        return tf.cast(buckets, tf.float32)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "boundaries": self.boundaries}
+
+
+@_register
 class Slice(tf_keras.layers.Layer):
     """`x[:, start:stop:step, …]`.
 

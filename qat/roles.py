@@ -92,6 +92,7 @@ ROLES: dict[type, Role] = {
     layers.PReLU: Role.COMPUTE,
     QuantizedPReLU: Role.COMPUTE,
     layers.Embedding: Role.GATHER,
+    operator_layers.Buckets: Role.FIXED,
     operator_layers.MatMul: Role.COMPUTE,
     operator_layers.ReduceMean: Role.COMPUTE,
     layers.Rescaling: Role.COMPUTE,
@@ -191,6 +192,8 @@ def relu_bound(layer: layers.Layer) -> float | None:
 
 def fixed_range(layer: layers.Layer, bits: int) -> tuple[float, float]:
     """(minimum, maximum) of a FIXED layer's output; at 16 bits all have the scale 2^-15."""
+    if isinstance(layer, operator_layers.Buckets):
+        return 0.0, 255.0  # of scale 1: codes are the buckets' numbers, see `lower_embedding`
     if bits == 16:
         return -_FIXED_BOUND_16, _FIXED_BOUND_16
     return FIXED_RANGES[activation_name(layer)]
@@ -240,7 +243,10 @@ def require_a_place(layer: layers.Layer) -> None:
 
 def require_widths(layer: layers.Layer, found: Role, bits: int) -> None:
     """Raises UnsupportedLayerError where a layer has no operator for activations of 16 bits."""
-    if bits == 16 and found is Role.POINTWISE and activation_name(layer) != "leaky_relu":
+    table = isinstance(layer, operator_layers.Buckets) or (
+        found is Role.POINTWISE and activation_name(layer) != "leaky_relu"
+    )
+    if bits == 16 and table:
         raise UnsupportedLayerError(
             f"layer {layer.name!r} ({type(layer).__name__}) has no operator for 16-bit "
             "activations; take 8 bits, or leave it in float32 by a recipe rule with keep_float"

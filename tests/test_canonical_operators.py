@@ -122,6 +122,7 @@ HELPERS = {
         "Affine",
     ),
     "center": (lambda x: layers.CenterCrop(5, 6)(x), "Cropping2D"),
+    "bins": (lambda x: tf.cast(layers.Discretization([-0.5, 0.0, 0.7])(x), tf.float32), "Buckets"),
     "inverse": (lambda x: layers.Normalization(mean=1.0, variance=4.0, invert=True)(x), "Affine"),
     "LayerScale": (lambda x: LayerScale(1e-6, 4)(x), "ChannelScale"),
     "StochasticDepth": (lambda x: StochasticDepth(0.2)(x), "Dropout"),
@@ -264,6 +265,14 @@ REFUSED = {
         "the batch",
     ),
     "broadcast matmul": (lambda x, y: tf.matmul(x, y[:, :1], transpose_b=True), "example by"),
+    "bins as counts": (
+        lambda x: layers.Discretization([0.0], output_mode="count", name="tf_bins")(x[:, 0, 0]),
+        "output_mode='int'",
+    ),
+    "many bins": (
+        lambda x: layers.Discretization([0.1 * i for i in range(256)], name="tf_bins")(x),
+        "256 boundaries",
+    ),
     "cropped too far": (lambda x: layers.CenterCrop(9, 6)(x), "no smaller than its own"),
     "shape": (lambda x: x * tf.cast(tf.shape(x)[1], tf.float32), "give them as numbers"),
     "batch": (lambda x: x[0], "the batch"),

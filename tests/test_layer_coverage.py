@@ -302,6 +302,41 @@ def test_an_embedding_is_a_table_of_codes(dtype, tmp_path):
     np.testing.assert_array_equal(codes, small_models.run_file(path, data, "reference")[0][:1])
 
 
+def binned():
+    """Numbers put into bins, each with a row of a table."""
+    numbers = layers.Input((7, 3), name="numbers")
+    bins = layers.Discretization([-1.0, 0.0, 0.5, 1.25], name="bins")(numbers)
+    x = layers.Reshape((7, 12))(layers.Embedding(5, 4, name="rows")(bins))
+    return small_models.randomize(tf_keras.Model(numbers, layers.Conv1D(3, 3, name="conv")(x)))
+
+
+def test_bins_are_codes_that_number_rows(tmp_path):
+    net = binned()
+    data = [np.random.default_rng(0).normal(0, 1, (16, 7, 3)).astype(np.float32)]
+    model = small_models.quantized(net, "w8a8", data)
+    path = qat.export_tflite(model, tmp_path / "m.tflite")
+    file = read_file(path)
+    assert file.float_operators() == [] and integer_mismatches(model, file) == []
+    (output,), (expected,) = small_models.run_file(path, data), small_models.run_model(model, data)
+    scale = file.operators[-1].inputs[0].scale[0]
+    np.testing.assert_array_equal(np.rint(output / scale), np.rint(expected / scale))
+    (codes,) = Simulator(path.read_bytes()).run(data[0][:1])
+    np.testing.assert_array_equal(codes, small_models.run_file(path, data, "reference")[0][:1])
+    # The bins' table: code -128 + k where the input's code stands for a number of bin k.
+    table, _ = next(op for op in file.operators if op.name == "GATHER").inputs
+    source = file.operators[0].outputs[0]
+    reals = (np.arange(-128, 128) - int(source.zero_point[0])) * source.scale[0]
+    bins = table.data.astype(int) + 128
+    np.testing.assert_array_equal(bins, np.digitize(reals, [-1.0, 0.0, 0.5, 1.25]))
+    table.data[100] += 1
+    assert any("table: 1 codes differ" in line for line in integer_mismatches(model, file))
+
+
+def test_bins_of_16_bits_are_refused():
+    with pytest.raises(UnsupportedLayerError, match="'bins' .* no operator for 16-bit"):
+        qat.quantize_model(binned(), "w8a16")
+
+
 def test_a_damaged_table_is_seen(tmp_path):
     net = small_models.model_of(curve("selu"), VECTOR)
     path = qat.export_tflite(small_models.quantized(net), tmp_path / "m.tflite")

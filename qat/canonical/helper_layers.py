@@ -1,4 +1,4 @@
-"""Layers that are a factor → `Affine`, `ChannelScale`; drop paths and crops.
+"""Layers that are a factor → `Affine`, `ChannelScale`; drop paths, crops and bins.
 
 Each function takes an `OperatorCall` and the call's inputs.
 """
@@ -15,9 +15,10 @@ from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 from qat.canonical.operator_arithmetic import affine
 from qat.canonical.operator_call import NoLayerError, OperatorCall
-from qat.operator_layers import Affine, ChannelScale
+from qat.operator_layers import Affine, Buckets, ChannelScale
 
 layers = tf_keras.layers
+_MOST_BOUNDARIES = 255  # an 8-bit code for every bucket
 
 
 def _normalization(call: OperatorCall, x: Any) -> Any:
@@ -70,11 +71,28 @@ def _center_crop(call: OperatorCall, x: Any) -> Any:
     return call.layer(layers.Cropping2D, cropping)(x)
 
 
+def _discretization(call: OperatorCall, x: Any) -> Any:
+    layer = call.call.layer
+    if layer.output_mode != "int" or layer.sparse:
+        raise NoLayerError(
+            f"only output_mode='int' is an operator, not {layer.output_mode!r}; for one-hot "
+            "numbers put an Embedding behind it whose rows are the identity matrix"
+        )
+    boundaries = layer.bin_boundaries
+    if not 0 < len(boundaries) <= _MOST_BOUNDARIES:
+        raise NoLayerError(
+            f"it has {len(boundaries)} boundaries, legal: 1 to {_MOST_BOUNDARIES}; adapt it, or "
+            "take fewer bins"
+        )
+    return call.layer(Buckets, boundaries)(x)
+
+
 REWRITES: dict[type, Callable[..., Any]] = {
     CustomScaleLayer: _scaled_sum,
     LayerScale: _layer_scale,
     StochasticDepth: _stochastic_depth,
     layers.CenterCrop: _center_crop,
+    layers.Discretization: _discretization,
     layers.Normalization: _normalization,
     layers.RandomCrop: _random_crop,
 }

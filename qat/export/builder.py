@@ -80,6 +80,19 @@ class Builder:
         wider = dataclasses.replace(kernel, name=name, dtype=dtype, data=None, scale=scale)
         return self.operator("QUANTIZE", 3, [real], wider, schema.QuantizeOptionsT())
 
+    def row_numbers(self, x: Tensor, first: int, name: str) -> Tensor:
+        """`x + first` as int32, which GATHER takes; x holds float32 or int8 whole numbers."""
+        options = schema.CastOptionsT()
+        options.inDataType = getattr(schema.TensorType, x.dtype.upper())
+        options.outDataType = schema.TensorType.INT32
+        code = Tensor(name=self.name(f"{name}/code"), shape=x.shape, dtype="int32")
+        self.operator("CAST", 1, [x], code, options)
+        if not first:
+            return code
+        first = self.constant(f"{name}/first", np.asarray(first), "int32")
+        index = Tensor(name=self.name(f"{name}/index"), shape=x.shape, dtype="int32")
+        return self.operator("ADD", 1, [code, first], index, schema.AddOptionsT())
+
     def activation(self, name: str, shape: tuple[int, ...], grid: Grid | None) -> Tensor:
         return on_grid(self.name(name), tuple(shape), grid)
 

@@ -26,6 +26,7 @@ from qat.export.lower_operators import lower_hard_sigmoid
 from qat.export.lower_reactnet import lower_slopes
 from qat.export.pending import Elementwise, Pending
 from qat.layers import QuantizedPReLU
+from qat.operator_layers import Buckets
 from qat.reactnet import LearnedSlope
 from qat.roles import activation_name, relu_bound
 
@@ -143,18 +144,10 @@ class Lookup(Pending):
                 "by a recipe rule with keep_float"
             )
         table = on_table(builder, f"{name}/table", self._codes(grid), grid)
-        cast, code = schema.CastOptionsT(), self._whole(builder, f"{name}/code")
-        cast.inDataType, cast.outDataType = schema.TensorType.INT8, schema.TensorType.INT32
-        builder.operator("CAST", 1, [self.x.tensor], code, cast)
-        first = builder.constant(f"{name}/first", np.asarray(128), "int32")
-        index = self._whole(builder, f"{name}/index")
-        builder.operator("ADD", 1, [code, first], index, schema.AddOptionsT())
+        index = builder.row_numbers(self.x.tensor, 128, name)
         output = builder.activation(name, self.shape, grid)
         builder.operator("GATHER", 2, [table, index], output, schema.GatherOptionsT())
         return Stored(output, grid)
-
-    def _whole(self, builder: Builder, name: str) -> Tensor:
-        return Tensor(name=builder.name(name), shape=self.x.shape, dtype="int32")
 
     def _codes(self, grid) -> np.ndarray:
         with tf.device("/CPU:0"):
@@ -196,6 +189,7 @@ LOWERINGS = {
     **dict.fromkeys((layers.Activation, layers.ReLU, layers.Softmax), lower_activation),
     **dict.fromkeys((layers.LeakyReLU, layers.ELU, layers.ThresholdedReLU), lower_activation),
     layers.PReLU: _lower_prelu,
+    Buckets: lower_pointwise,
     LearnedSlope: lower_slopes,
     QuantizedPReLU: lower_slopes,
 }

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 from ai_edge_litert import schema_py_generated as schema
 
-from qat.export.builder import Stored
+from qat.export.builder import Builder, Stored
 from qat.export.graph import ExportError, Tensor, on_grid
 from qat.export.lower_linear import variable
 from qat.export.pending import Pending
@@ -33,15 +33,7 @@ class Rows(Pending):
         return False
 
     def emit(self, builder, name, grid):
-        index = self.x.tensor
-        if index.dtype == "float32":
-            options = schema.CastOptionsT()
-            options.inDataType, options.outDataType = (
-                schema.TensorType.FLOAT32,
-                schema.TensorType.INT32,
-            )
-            cast = Tensor(name=builder.name(f"{name}/index"), shape=index.shape, dtype="int32")
-            index = builder.operator("CAST", 1, [index], cast, options)
+        index = self._index(builder, name)
         codes = self.table
         if grid is not None:
             with tf.device("/CPU:0"):
@@ -52,12 +44,20 @@ class Rows(Pending):
         builder.operator("GATHER", version, [table, index], output, schema.GatherOptionsT())
         return Stored(output, grid)
 
+    def _index(self, builder: Builder, name: str) -> Tensor:
+        """The rows' numbers in a type that GATHER takes."""
+        x, grid = self.x.tensor, self.x.grid
+        if x.dtype in ("int32", "int64"):
+            return x
+        return builder.row_numbers(x, 0 if grid is None else -int(grid.zero_point), name)
+
 
 def _embedding(builder, layer: layers.Embedding, inputs, shape):
-    if inputs[0].grid is not None:
+    grid = inputs[0].grid
+    if grid is not None and (grid.scale != 1.0 or inputs[0].gain != 1.0):
         raise ExportError(
             f"layer {layer.name!r} (Embedding) reads a quantized tensor, which is no row number; "
-            "give it a model input that no other layer reads"
+            "give it a model input that no other layer reads, or a Discretization's output"
         )
     table = variable(layer, "embeddings")
     return Rows(name=layer.name, shape=shape, x=inputs[0], table=table)
