@@ -120,7 +120,11 @@ def _integral(x, scale, lowest, highest) -> np.ndarray:
     steps = inside / scale
     whole = np.rint(steps)
     rest = steps - whole
-    return scale**3 * (whole / 12.0 + rest**3 / 3.0) + (x - inside) ** 3 / 3.0
+    return _cube(scale) * (whole / 12.0 + _cube(rest) / 3.0) + _cube(x - inside) / 3.0
+
+
+def _cube(x) -> np.ndarray:
+    return x * x * x  # NumPy's x**3 calls pow, which takes ten times as long
 
 
 @functools.cache
