@@ -12,6 +12,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 )
 
 from qat.canonical import as_layers, functional, leaves
+from qat.deep import deep_models
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
 from qat.loading import from_keras3, is_keras3_model
@@ -94,6 +95,7 @@ def _can_be_copied(kind: type) -> bool:
     return tf_keras.utils.get_registered_object(name) is kind
 
 
+@deep_models()
 def _without_stale_nodes(model: tf_keras.Model) -> tf_keras.Model:
     """The same model; its layers keep only the calls that it consists of.
 

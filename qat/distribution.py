@@ -11,6 +11,7 @@ import tf_keras
 
 from qat.callbacks.guards import TrainingError
 from qat.canonical import functional
+from qat.deep import deep_models
 from qat.quantizers.base import over_replicas
 
 
@@ -74,6 +75,7 @@ def require_same_step(step: int, strategy: tf.distribute.Strategy) -> None:
         )
 
 
+@deep_models()
 def local(model: tf_keras.Model) -> tf_keras.Model:
     """The model, or if replicas share its variables a copy that is this process's own.
 

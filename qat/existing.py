@@ -13,6 +13,7 @@ import tf_keras
 
 from qat import data as qat_data
 from qat.arrays import ArrayData, load_arrays
+from qat.deep import deep_models
 from qat.errors import ModelError, UserError
 from qat.job import QatJob
 from qat.loading import load_model
@@ -176,6 +177,7 @@ def _with_objective(
     return data, chosen
 
 
+@deep_models()
 def _with_fixed_inputs(model: tf_keras.Model, shapes: list[tuple[int, ...]]) -> tf_keras.Model:
     """The model for inputs of just these shapes (the first dimensions of an example's)."""
     known = [tuple(tensor.shape[1:]) for tensor in model.inputs]

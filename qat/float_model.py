@@ -10,6 +10,7 @@ import zipfile
 import tf_keras
 
 from qat.data import DatasetSpec
+from qat.deep import deep_models
 from qat.errors import ModelError, UserError
 from qat.files import write_whole, zipped
 from qat.loading import load_model
@@ -39,6 +40,7 @@ def load_float_model(path: str, spec: DatasetSpec, flag: str) -> tf_keras.Model:
     return model
 
 
+@deep_models()
 def save_float_model(model: tf_keras.Model, path: pathlib.Path) -> None:
     """Writes the model without its optimizer; the file appears whole or not at all.
 

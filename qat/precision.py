@@ -10,11 +10,13 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import calls, functional
+from qat.deep import deep_models
 from qat.wrapper import kernels_once_a_call
 
 LEGAL = ("float32", "bfloat16", "float16")
 
 
+@deep_models()
 def in_precision(model: tf_keras.Model, dtype: str) -> tf_keras.Model:
     """The model with a compute type for its layers; float32 = the model itself.
 

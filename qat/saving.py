@@ -20,6 +20,7 @@ import h5py
 import tensorflow_model_optimization as tfmot
 import tf_keras
 
+from qat.deep import deep_models
 from qat.errors import ModelError, QatError
 from qat.files import write_whole, zipped
 from qat.recipe import Recipe, load_recipe
@@ -57,6 +58,7 @@ def save_model(model: tf_keras.Model, path: str | os.PathLike, *, recipe: str | 
     write_whole(path, zipped(members))
 
 
+@deep_models()
 def load_quantized_model(path: str | os.PathLike) -> tf_keras.Model:
     """The model that `save_model` wrote; same outputs, bit for bit.
 

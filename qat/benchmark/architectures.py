@@ -161,8 +161,10 @@ def _measured(name: str, recipe: str, seed: int, seconds: dict[str, float]) -> d
     calibrate(quantized, tf.data.Dataset.from_tensors(images), steps=1)
     took("calibrate")
     (loss,) = objective(model, ["sparse_categorical_crossentropy"]).losses()
-    # Tracing a graph of hundreds of layers takes twenty times as long as one step without.
-    quantized.compile(tf_keras.optimizers.SGD(1e-3), loss, run_eagerly=True)
+    # Gradients of an untrained network of hundreds of layers explode.
+    optimizer = tf_keras.optimizers.SGD(1e-3, clipvalue=1.0)
+    # Tracing such a graph takes twenty times as long as one step without.
+    quantized.compile(optimizer, loss, run_eagerly=True)
     value = float(quantized.train_on_batch(images, labels))
     settle_biases(quantized)
     took("train")

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from qat.deep import deep_models
 from qat.errors import ModelError
 
 
@@ -42,6 +43,7 @@ class Call:
         return self.outputs[0]
 
 
+@deep_models()
 def functional(model: tf_keras.Model) -> tf_keras.Model:
     """The model as a functional one; Sequential shares its layers with the result.
 
@@ -110,6 +112,7 @@ def stand_ins(model: tf_keras.Model, tensors: Sequence[Any]) -> dict[int, Any]:
     }
 
 
+@deep_models()
 def rebuild(
     model: tf_keras.Model,
     visit: Callable[[Call, tuple, dict], Any],

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tf_keras
 from absl import logging
 
+from qat.deep import deep_models
 from qat.errors import ModelError
 from qat.loading.keras3_layers import (
     as_numpy,
@@ -73,6 +74,7 @@ class _Graph:
         self.reserved: set[str] = set()
         self.taken: set[str] = set()
 
+    @deep_models()
     def convert(self, model: Any) -> tf_keras.Model:
         import keras
 

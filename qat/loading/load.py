@@ -11,6 +11,7 @@ import tf_keras
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from qat.canonical import functional
+from qat.deep import deep_models
 from qat.errors import ModelError
 from qat.loading.custom_objects import parse_custom_objects
 from qat.loading.files import Format, ModelFile, errors_in_one_line, read_model_file
@@ -20,6 +21,7 @@ from qat.loading.precision import in_float32
 from qat.loading.safety import check_float, check_operations, check_safe
 
 
+@deep_models()
 def load_model(
     path_or_model: str | os.PathLike | Any,
     *,

@@ -15,6 +15,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 )
 
 from qat.canonical import Call, calls, rebuild, stand_ins
+from qat.deep import deep_models
 from qat.grid import Grid
 from qat.layers import FakeQuantize
 from qat.tflite_file import FileModel, FileTensor
@@ -59,6 +60,7 @@ class KerasCodes:
         self.model, self.points, self.inputs = model, found, list(inputs)
         self.shared = [point for point in found if point.tensor is not None]
 
+    @deep_models()
     def codes(self, given: Codes | None = None) -> Codes:
         """Codes of every point; each computed from those given of the points before, if any are."""
         if not self.shared:
@@ -76,6 +78,7 @@ class KerasCodes:
         }
 
     @functools.cached_property
+    @deep_models()
     def _cut(self) -> tf_keras.Model:
         """The model cut at its points: (inputs, values at all points) → values at all points."""
         given = stand_ins(self.model, [point.call.output for point in self.shared])
