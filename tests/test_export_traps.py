@@ -422,6 +422,18 @@ def test_a_bias_that_outgrew_the_range_it_was_calibrated_for(folder, recipe):
         assert np.rint(steps_apart(model, path, data, kernels)).max() <= 1
 
 
+@pytest.mark.parametrize("factor", [1e10, 1e25])
+def test_kernels_that_outgrew_the_range_they_were_calibrated_for(folder, factor):
+    """Finite still, but training has diverged: no file, and the layer's name."""
+    net = small_models.model_of(lambda x: layers.Conv2D(4, 3, name="conv")(x), IMAGE)
+    model = small_models.quantized(net)
+    set_variable(model, "quant_conv", "kernel", lambda value: value * factor)
+    qat.settle_biases(model)
+    with pytest.raises(qat.errors.QatError, match="'conv': the smallest step .* calibrate again"):
+        qat.export_tflite(model, folder / "m.tflite")
+    assert not (folder / "m.tflite").exists()
+
+
 def test_sixteen_bit_activations_with_four_bit_kernels(folder):
     """LiteRT's 16x4 depthwise computes garbage: either refused, or right."""
 

@@ -41,7 +41,7 @@ FAMILIES = {
     "tf_keras.ResNet50": (4, 1e-3),
     "tf_keras.ResNet50V2": (4, 1e-3),
     "tf_keras.ResNetRS50": (4, 1e-3),
-    "tf_keras.VGG16": (6, 1e-4),
+    "tf_keras.VGG16": (12, 1e-4),
     "tf_keras.Xception": (4, 1e-3),
     "keras.MobileNetV2": (8, 1e-3),
     "keras.EfficientNetB0": (20, 2e-3),

@@ -10,12 +10,14 @@ import numpy as np
 
 from qat.export.builder import Builder, Stored
 from qat.export.containers import Container, kernel_container
-from qat.export.graph import Tensor, activation_dtype
+from qat.export.graph import ExportError, Tensor, activation_dtype
 from qat.export.pending import FUSED, Pending
 from qat.grid import Grid
 from qat.ties import LARGEST_BIAS, early, from_lowest, largest_bias
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+# XNNPACK refuses a file with a larger one.
+_FACTORS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class Linear(Pending):
         twice: bool,
     ) -> Tensor:
         step = np.float64(self.x.tensor.scale[0]) * scale.astype(np.float64)
+        self._require_close_steps(step, written)
         ahead = early(step, written, rectified=self.activation is not None) if twice else 0.0
         wide = activation_dtype(written) == "int16"
         # Beyond it no output but an end of its range is left, see `_kernel_scale`.
@@ -134,6 +137,16 @@ class Linear(Pending):
             scale=step.astype(np.float32),
             zero_point=np.zeros(len(step), np.int64),
         )
+
+    def _require_close_steps(self, step: np.ndarray, written: Grid) -> None:
+        """int8 kernels requantize by factors below 256: then a sum's last bit is a whole range."""
+        factor = float((step / np.float64(written.scale)).max())
+        if factor >= _FACTORS and activation_dtype(written) == "int8":
+            raise ExportError(
+                f"layer {self.name!r}: the smallest step of its sums is {factor:.3g} steps of its "
+                f"output, legal: below {_FACTORS}; training diverged (lower the learning rate), or "
+                "weights were changed after calibration (calibrate again)"
+            )
 
     def _kernel_constant(self, builder: Builder, container: Container, scale: np.ndarray) -> Tensor:
         """The tensor that the operator reads, on the given scales."""
