@@ -429,7 +429,7 @@ def test_kernels_that_outgrew_the_range_they_were_calibrated_for(folder, factor)
     model = small_models.quantized(net)
     set_variable(model, "quant_conv", "kernel", lambda value: value * factor)
     qat.settle_biases(model)
-    with pytest.raises(qat.errors.QatError, match="'conv': the smallest step .* calibrate again"):
+    with pytest.raises(qat.errors.QatError, match="'conv': the smallest step .*calibrate again"):
         qat.export_tflite(model, folder / "m.tflite")
     assert not (folder / "m.tflite").exists()
 
