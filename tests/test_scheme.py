@@ -22,6 +22,7 @@ from qat.errors import ModelError
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.operator_layers import (
     Affine,
+    Buckets,
     ChannelScale,
     MatMul,
     Pad,
@@ -472,6 +473,7 @@ ROLE_CASES = {
     "Slice": ((8, 3), lambda x: Slice([[1, 2, 1], [None] * 3], name="it")(x), NONE),
     "ReduceMax": ((8, 3), lambda x: ReduceMax([2], name="it")(x), NONE),
     "MatMul": ((8, 3), lambda x: MatMul(transpose_b=True, name="it")([x, x]), OWN),
+    "Buckets": ((8,), lambda x: Buckets([0.0, 1.5], name="it")(x), (0.0, 255.0)),
     "ReduceMean": ((8, 3), lambda x: ReduceMean([2], name="it")(x), OWN),
     "Affine": ((8, 8, 3), lambda x: Affine(2.0, name="it")(x), OWN),
     "ChannelScale": ((8, 8, 3), lambda x: ChannelScale(name="it")(x), OWN),
