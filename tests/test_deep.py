@@ -30,7 +30,7 @@ def test_a_deep_model_is_quantized_saved_and_exported(tmp_path):
     loaded = qat.load_quantized_model(tmp_path / "model.keras")
     path = qat.export_tflite(loaded, tmp_path / "model.tflite")
     (output,), (expected,) = small_models.run_file(path, data), small_models.run_model(model, data)
-    np.testing.assert_allclose(output, expected, atol=1e-6)
+    np.testing.assert_array_equal(output, expected)
 
 
 def test_the_room_is_given_back_whatever_happens():

@@ -89,9 +89,9 @@ class Builder:
         self.operator("CAST", 1, [x], code, options)
         if not first:
             return code
-        first = self.constant(f"{name}/first", np.asarray(first), "int32")
+        offset = self.constant(f"{name}/first", np.asarray(first), "int32")
         index = Tensor(name=self.name(f"{name}/index"), shape=x.shape, dtype="int32")
-        return self.operator("ADD", 1, [code, first], index, schema.AddOptionsT())
+        return self.operator("ADD", 1, [code, offset], index, schema.AddOptionsT())
 
     def activation(self, name: str, shape: tuple[int, ...], grid: Grid | None) -> Tensor:
         return on_grid(self.name(name), tuple(shape), grid)

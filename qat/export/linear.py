@@ -16,8 +16,8 @@ from qat.grid import Grid
 from qat.ties import LARGEST_BIAS, early, from_lowest, largest_bias
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-# XNNPACK refuses a file with a larger one.
-_FACTORS = 256
+# XNNPACK refuses a file that requantizes int8 by this or more.
+_FACTOR_LIMIT = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,10 @@ class Linear(Pending):
         twice: bool,
     ) -> Tensor:
         step = np.float64(self.x.tensor.scale[0]) * scale.astype(np.float64)
-        self._require_close_steps(step, written)
-        ahead = early(step, written, rectified=self.activation is not None) if twice else 0.0
         wide = activation_dtype(written) == "int16"
+        if not wide:
+            self._require_close_steps(step, written)
+        ahead = early(step, written, rectified=self.activation is not None) if twice else 0.0
         # Beyond it no output but an end of its range is left, see `_kernel_scale`.
         limit = largest_bias(step, float(written.scale), wide=wide)
         return builder.constant(
@@ -139,13 +140,13 @@ class Linear(Pending):
         )
 
     def _require_close_steps(self, step: np.ndarray, written: Grid) -> None:
-        """int8 kernels requantize by factors below 256: then a sum's last bit is a whole range."""
+        """At the limit the last bit of a sum is the output's whole range."""
         factor = float((step / np.float64(written.scale)).max())
-        if factor >= _FACTORS and activation_dtype(written) == "int8":
+        if factor >= _FACTOR_LIMIT:
             raise ExportError(
                 f"layer {self.name!r}: the smallest step of its sums is {factor:.3g} steps of its "
-                f"output, legal: below {_FACTORS}; training diverged (lower the learning rate), or "
-                "weights were changed after calibration (calibrate again)"
+                f"output, legal: below {_FACTOR_LIMIT}; training diverged (lower the learning "
+                "rate), or weights were changed after calibration (calibrate again)"
             )
 
     def _kernel_constant(self, builder: Builder, container: Container, scale: np.ndarray) -> Tensor:

@@ -78,7 +78,6 @@ class KerasCodes:
         }
 
     @functools.cached_property
-    @deep_models()
     def _cut(self) -> tf_keras.Model:
         """The model cut at its points: (inputs, values at all points) → values at all points."""
         given = stand_ins(self.model, [point.call.output for point in self.shared])
