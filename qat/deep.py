@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-# Far more than any stock network needs: ResNetRS420, quantized, some 2,000.
+# ResNetRS420, one of the longest stock networks, has 2,258 layers before it is quantized.
 _FRAMES = 20_000
 
 
