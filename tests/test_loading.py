@@ -285,6 +285,16 @@ def test_tensorflow_calls_are_computations(name, symbol, tmp_path):
         qat.load_model(edited(path, change))
 
 
+@pytest.mark.parametrize("name", ("a.h5", "a.keras"))
+@pytest.mark.parametrize("made", (tf.constant_initializer(0.5), tf.zeros_initializer()))
+def test_initializers_of_tensorflow_are_known(made, name, tmp_path):
+    """EfficientNetV2 has one."""
+    inputs = tf_keras.Input((3,))
+    outputs = tf_keras.layers.Dense(2, bias_initializer=made)(inputs)
+    path = saved(tf_keras.Model(inputs, outputs), tmp_path / name)
+    assert len(qat.load_model(path).layers) == 2
+
+
 @pytest.mark.parametrize("kind", ("TFSMLayer", "TorchModuleWrapper"))
 def test_layers_that_run_other_programs_are_refused(kind, tmp_path):
     path = saved(tiny(keras), tmp_path / "three.keras")

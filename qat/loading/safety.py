@@ -2,7 +2,8 @@
 
 Keras imports the modules that a configuration names, and runs the byte code of its Lambda layers,
 in HDF5 files without asking. So the configuration is read first, and every class and function in
-it must be Keras's own, registered by the running program, or given as a custom object.
+it must be Keras's own or an initializer of TensorFlow's, registered by the running program, or
+given as a custom object.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import tensorflow as tf
 import tf_keras
 
 from qat.errors import ModelError
@@ -32,6 +34,17 @@ _NAMESPACES = (
     tf_keras.losses,
     tf_keras.metrics,
 )
+# EfficientNetV2 has TensorFlow's own; they hold numbers.
+_INITIALIZERS = {
+    (kind.__module__, kind.__name__)
+    for kind in (
+        tf.constant_initializer,
+        tf.ones_initializer,
+        tf.random_normal_initializer,
+        tf.random_uniform_initializer,
+        tf.zeros_initializer,
+    )
+}
 _FUNCTIONS = (tf_keras.activations, tf_keras.losses, tf_keras.metrics)
 _CODE = ("Lambda", "__lambda__")
 # Keras 3 layers that run a program from elsewhere.
@@ -186,6 +199,8 @@ class _Known:
         name = found["class_name"]
         # As Keras looks: what is given or registered comes before the module that is named.
         if found.get("registered_name", name) in self.custom_objects:
+            return True
+        if (found.get("module"), name) in _INITIALIZERS:
             return True
         if not _of_keras(found.get("module")):
             return False
