@@ -47,6 +47,10 @@ class QuantizeJob(QatJob):
     custom_objects: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allow_unsafe_deserialization: bool = False
 
+    def float_model_is_given(self) -> bool:
+        """As `QatJob`'s."""
+        return True
+
 
 def run(job: QuantizeJob) -> dict[str, Any]:
     """Loads, quantizes, trains, exports and verifies; writes the job's output folder.

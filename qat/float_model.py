@@ -9,11 +9,20 @@ import zipfile
 
 import tf_keras
 
+import models
 from qat.data import DatasetSpec
 from qat.deep import deep_models
 from qat.errors import ModelError, UserError
 from qat.files import write_whole, zipped
 from qat.loading import load_model
+
+
+def require_model(text: str) -> None:
+    """Raises UserError unless `models.build` takes this, e.g. "cnn5" or "cnn5:width=2"."""
+    try:
+        models.chosen(text)
+    except ValueError as error:
+        raise UserError(f"--model={text}: {error}") from error
 
 
 def load_float_model(path: str, spec: DatasetSpec, flag: str) -> tf_keras.Model:

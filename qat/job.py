@@ -50,7 +50,12 @@ class QatJob:
         """How the quantized model is trained."""
         overrides = {"learning_rate": self.qat_learning_rate, "distill": self.distill}
         given = {name: value for name, value in overrides.items() if value is not None}
-        return dataclasses.replace(self.settings or recommended(self.recipe), **given)
+        best = recommended(self.recipe, converged=self.float_model_is_given())
+        return dataclasses.replace(self.settings or best, **given)
+
+    def float_model_is_given(self) -> bool:
+        """Whether the float model is a file, not trained by this job."""
+        raise NotImplementedError
 
     def has_bits(self, bits: int) -> bool:
         """Whether the recipe gives some kernel or tensor this width."""

@@ -12,7 +12,7 @@ from qat import data as qat_data
 from qat import train
 from qat.distribution import local
 from qat.errors import UserError
-from qat.float_model import load_float_model, save_float_model
+from qat.float_model import load_float_model, require_model, save_float_model
 from qat.job import QatJob
 from qat.qat_run import QatRun, run_in_folder
 from qat.settings import default_epochs
@@ -30,11 +30,15 @@ class Job(QatJob):
     float_epochs: int | None = None
     learning_rate: float = 1e-3  # of the float training
 
+    def float_model_is_given(self) -> bool:
+        """As `QatJob`'s."""
+        return self.float_model is not None
+
 
 def run(job: Job) -> dict[str, Any] | None:
     """Runs the job and writes its output folder; returns and raises as `run_in_folder`."""
-    if job.float_model is None and job.model not in models.MODELS:
-        raise UserError(f"unknown model {job.model!r}; legal: {', '.join(models.MODELS)}")
+    if job.float_model is None:
+        require_model(job.model)
     return run_in_folder(job, TrainRun)
 
 
@@ -60,7 +64,7 @@ class TrainRun(QatRun):
             return load_float_model(job.float_model, spec, "--float_model"), True
         if job.resume and path.exists():
             model = load_float_model(str(path), spec, "--resume")
-            if model.name != job.model:
+            if model.name != models.chosen(job.model)[0]:
                 raise UserError(f"--resume: {path} is a {model.name}, not --model={job.model}")
             return model, True
         return models.build(job.model, spec.image_shape, spec.num_classes), False

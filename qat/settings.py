@@ -82,15 +82,16 @@ class TrainSettings:
 # 2203.11086. The teacher's T = 1 is ReActNet's (2003.03488); it stands beside the labels, because
 # the float model may be trained too little.
 RECOMMENDED: dict[str, TrainSettings] = {
-    "8 bits": TrainSettings(learning_rate=1e-3),
+    # Stock networks' moving statistics (momentum 0.999) need thousands of steps to follow weights.
+    "8 bits": TrainSettings(learning_rate=1e-3, reestimate_batch_norm=50),
     "4 to 7 bits": TrainSettings(
-        learning_rate=5e-4,
+        learning_rate=4e-3,
         weight_decay=1e-3,
         reestimate_batch_norm=50,
     ),
     "ternary, 2 and 3 bits": TrainSettings(
         epochs_factor=2,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         weight_decay=5e-4,
         distill=True,
         distill_weight=0.5,
@@ -107,13 +108,24 @@ RECOMMENDED: dict[str, TrainSettings] = {
 }
 
 
-def recommended(recipe: str | Recipe) -> TrainSettings:
+# The first steps at a young model's rate cost a converged one more than rounding does.
+CONVERGED_LEARNING_RATE = {"8 bits": 1e-4, "4 to 7 bits": 5e-4, "ternary, 2 and 3 bits": 2e-3}
+
+
+def recommended(recipe: str | Recipe, *, converged: bool = False) -> TrainSettings:
     """The settings for a recipe: those of its narrowest kernels or activations.
+
+    Args:
+        converged: the float model has been trained as long as it learned, by whoever made it.
 
     Raises:
         RecipeError: as `qat.recipe.load_recipe`.
     """
-    return RECOMMENDED[width_class(load_recipe(recipe))]
+    widths = width_class(load_recipe(recipe))
+    found = RECOMMENDED[widths]
+    if converged and widths in CONVERGED_LEARNING_RATE:
+        return dataclasses.replace(found, learning_rate=CONVERGED_LEARNING_RATE[widths])
+    return found
 
 
 def width_class(recipe: Recipe) -> str:

@@ -117,6 +117,12 @@ def test_each_recipe_meets_its_counterparts_after_the_same_epochs():
     assert {run.seed for run in found} == {5}
 
 
+def test_float_goes_on_at_its_own_learning_rate():
+    terms = dataclasses.replace(plan().terms, learning_rate=0.5, qat_learning_rate=0.25)
+    rates = {source: terms.learning_rate_of(source) for source in ("float", "larq", "tfmot")}
+    assert rates == {"float": 0.5, "larq": 0.5, "tfmot": 0.25}
+
+
 def test_a_run_is_planned_once():
     found = runs(plan(recipes=("w4a4", "w4a4-lsq", "w4a4"), peers=("tfmot",), seeds=(0, 1, 0)))
     assert len(set(found)) == len(found) == 2 * len(("float", "same", "w4a4", "lsq", "tfmot"))

@@ -11,6 +11,7 @@ from qat import existing
 from qat.errors import QatError
 from qat.existing import QuantizeJob
 from qat.recipe import Recipe
+from qat.settings import recommended
 from qat.verify.interpreter import Runner
 
 layers = tf_keras.layers
@@ -73,6 +74,17 @@ def run(files, tmp_path, model: str, data: str, **fields):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["layers"]
     assert report["integers_match"] and report["tflite"]["float_operators"] == []
     return report
+
+
+@pytest.mark.parametrize(
+    "given, gently", (({"qat_learning_rate": None}, True), ({"qat_learning_rate": 0.5}, False))
+)
+def test_a_model_that_exists_is_trained_gently_unless_told(given, gently, tmp_path):
+    fields = {"recipe": Recipe.from_name("w8a8"), "output_dir": tmp_path, "model_path": "a.keras"}
+    settings = QuantizeJob(**fields, **given).qat_settings()
+    assert settings.learning_rate == (
+        recommended("w8a8", converged=True).learning_rate if gently else 0.5
+    )
 
 
 @pytest.mark.slow

@@ -139,12 +139,25 @@ def test_width_scales_the_filters(name):
         models.build(name, (8, 8, 1), 3, width=0)
 
 
+def test_a_name_may_carry_options():
+    assert models.chosen("cnn5") == ("cnn5", {})
+    assert models.chosen("cnn5:width=2") == ("cnn5", {"width": 2.0})
+    named = models.build("cnn5:width=0.5", (8, 8, 1), 3)
+    assert named.name == "cnn5" and named.get_layer("conv1").filters == 16
+    assert models.build("cnn5:width=0.5", (8, 8, 1), 3, width=1).get_layer("conv1").filters == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         (("resnet50", (8, 8, 1), 3), {}, "unknown model 'resnet50'; legal names: lenet, cnn5,"),
         (("lenet", (8, 8, 1), 3), {"width": 2}, "no option 'width'; its options: none"),
         (("cnn5", (8, 8, 1), 3), {"depth": 2}, "no option 'depth'; its options: width"),
+        (("cnn5:depth=2", (8, 8, 1), 3), {}, "no option 'depth'; its options: width"),
+        (("cnn5:width=wide", (8, 8, 1), 3), {}, "width must be a number above 0, e.g. .*'wide'"),
+        (("cnn5:width=nan", (8, 8, 1), 3), {}, "width must be a number above 0"),
+        (("cnn5:width", (8, 8, 1), 3), {}, "width must be a number above 0, e.g. .* got ''"),
+        (("cnn5:=2", (8, 8, 1), 3), {}, "no option ''; its options: width"),
         (("cnn5", (8, 8), 3), {}, "must be .height, width, channels., got .8, 8."),
         (("cnn5", (None, 8, 1), 3), {}, "must be .height, width, channels."),
         (("cnn5", (8, 8, 1), 1), {}, "num_classes must be at least 2, got 1"),

@@ -360,6 +360,12 @@ def test_a_recipe_is_trained_with_its_settings(tints, tmp_path, configs):
     assert configs["float"].teacher is None and configs["float"].learning_rate == 1e-3
 
 
+def test_a_float_model_that_is_given_counts_as_converged():
+    given = job("", pathlib.Path("unused"), float_model="my.keras").qat_settings()
+    assert given == recommended("w8a8", converged=True) != recommended("w8a8")
+    assert job("", pathlib.Path("unused")).qat_settings() == recommended("w8a8")
+
+
 @pytest.mark.slow
 def test_flags_override_the_settings(tints, tmp_path, configs):
     options = {"qat_learning_rate": 0.125, "qat_epochs": 7, "distill": False}

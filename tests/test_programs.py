@@ -97,6 +97,7 @@ TRAIN_CALLS = {
     "recipe with an unknown option": ("--output_dir=new --recipe=option.json", "colour"),
     "recipe with an unknown layer": ("--output_dir=new --recipe=layer.json", "conv9 layers: conv1"),
     "unknown model": ("--output_dir=new --model=alexnet", "'alexnet' cnn5 resnet20"),
+    "no width": ("--output_dir=new --model=cnn5:width=0", "--model=cnn5:width=0 width above"),
     "unknown dataset": ("--output_dir=new --dataset=digitz", "'digitz' digits"),
     "data_dir is a file": ("--output_dir=new --data_dir=text.txt", "text.txt"),
     "output_dir is a file": ("--output_dir=text.txt", "output_dir text.txt"),

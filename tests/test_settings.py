@@ -37,6 +37,16 @@ def test_the_narrowest_width_decides(name, row):
     assert recommended(name) == RECOMMENDED[row]
 
 
+@pytest.mark.parametrize(
+    "name, gently", (("w8a8", True), ("w4a4", True), ("w2a2", True), ("w1a1", False))
+)
+def test_a_converged_model_is_trained_gently(name, gently):
+    """A sign has to be learned anew, whatever the float model has learned."""
+    young, converged = recommended(name), recommended(name, converged=True)
+    assert (converged.learning_rate < young.learning_rate) == gently
+    assert dataclasses.replace(converged, learning_rate=young.learning_rate) == young
+
+
 def test_rules_count_and_float_layers_do_not():
     eight = TensorSpec()
     rest = Rule(weights=eight, activations=eight)

@@ -29,7 +29,7 @@ FAMILIES = {
     "tf_keras.ConvNeXtTiny": (6, 3e-4),
     "tf_keras.DenseNet121": (4, 1e-3),
     "tf_keras.EfficientNetB0": (20, 2e-3),
-    "tf_keras.EfficientNetV2B0": (20, 2e-3),
+    "tf_keras.EfficientNetV2B0": (40, 2e-3),
     "tf_keras.InceptionResNetV2": (4, 1e-3),
     "tf_keras.InceptionV3": (4, 1e-3),
     "tf_keras.MobileNet": (8, 1e-3),
@@ -135,12 +135,12 @@ def test_calibration_loses_a_point_at_most_and_training_wins_it_back(name, fashi
     x = (tf.image.grayscale_to_rgb(x) / 255.0 * (high - low) + low).numpy()
     np.savez(tmp_path / "data.npz", x=x, y=y.numpy())
     source, accuracy = f"--calibration_data={tmp_path}/data.npz", {}
-    for epochs in (0, 1):
+    for epochs in (0, 3):
         report = quantized(network, tmp_path / f"run{epochs}", source, f"--qat_epochs={epochs}")
         assert report["integers_match"] and report["tflite"]["float_operators"] == []
         assert report["num_eval_examples"] == 1000
         accuracy[epochs] = report["accuracy"]
-    print(f"{name}: calibrated {accuracy[0]}, trained {accuracy[1]}")
+    print(f"{name}: calibrated {accuracy[0]}, trained {accuracy[3]}")
     assert accuracy[0]["float"] > 0.7
     assert accuracy[0]["tflite"] >= accuracy[0]["float"] - 0.01
-    assert accuracy[1]["tflite"] >= accuracy[0]["float"]
+    assert accuracy[3]["tflite"] >= accuracy[0]["float"]

@@ -25,7 +25,7 @@ from qat.benchmark.tfmot import PeerError
 from qat.errors import UserError
 from qat.figures import MISSING
 from qat.files import write_whole
-from qat.float_model import load_float_model
+from qat.float_model import load_float_model, require_model
 from qat.machine import machine, versions
 from qat.report import to_json
 from qat.train import TrainingError
@@ -49,9 +49,7 @@ def run(plan: Plan) -> dict[str, Any]:
 class _Benchmark:
     def __init__(self, plan: Plan):
         self.plan, self.runs = plan, runs(plan)
-        if plan.terms.model not in models.MODELS:
-            legal = ", ".join(models.MODELS)
-            raise UserError(f"unknown model {plan.terms.model!r}; legal: {legal}")
+        require_model(plan.terms.model)
         if plan.json and not plan.json.absolute().parent.is_dir():
             raise UserError(f"--json={plan.json}: its folder does not exist")
         peers.require_environment(plan.peers, plan.peer_python)
@@ -107,7 +105,7 @@ class _Benchmark:
             float_model=load_float_model(str(path), self.data.spec, "--output_dir"),
             data=self.data_of(run.seed),
             images=getattr(self.data, self.plan.split),
-            learning_rate=terms.learning_rate if run.source == "larq" else terms.qat_learning_rate,
+            learning_rate=terms.learning_rate_of(run.source),
             peer_python=self.plan.peer_python,
             path=self.store.path(run),
         )

@@ -36,6 +36,10 @@ class Terms:
     learning_rate: float
     qat_learning_rate: float
 
+    def learning_rate_of(self, source: str) -> float:
+        """Of a run that is not ours: float goes on at its own; so does Larq, from scratch."""
+        return self.learning_rate if source in (FLOAT, "larq") else self.qat_learning_rate
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -35,6 +35,7 @@ from qat.calibrate import calibrate
 from qat.errors import QatError, UserError
 from qat.export.tflite import export_tflite
 from qat.files import write_whole
+from qat.float_model import require_model
 from qat.machine import machine, versions
 from qat.precision import in_precision
 from qat.report import to_json
@@ -98,8 +99,9 @@ def run(plan: StepTimePlan) -> dict[str, Any]:
     """
     if not (plan.models and plan.batch_sizes and plan.modes):
         raise UserError("nothing to measure: --model, --batch_sizes and --modes need a value each")
+    for model in plan.models:
+        require_model(model)
     for kind, given, legal in (
-        ("model", plan.models, models.MODELS),
         ("mode", plan.modes, MODES),
         ("peer", plan.peers, (PEER,)),
     ):

@@ -59,8 +59,9 @@ def define_flags() -> None:
     integer("epochs", None, what, lower_bound=0)
     integer("binary_epochs", 9, "Instead of --epochs for 1-bit networks.", lower_bound=0)
     integer("batch_size", 64, "Examples a step.", lower_bound=1)
-    number("learning_rate", 1e-3, "Of float training and 1-bit peers.", lower_bound=0.0)
-    number("qat_learning_rate", 3e-4, "Of the peers and of float's --epochs.", lower_bound=0.0)
+    what = "Of float training, its --epochs too, and of 1-bit peers."
+    number("learning_rate", 1e-3, what, lower_bound=0.0)
+    number("qat_learning_rate", 1e-3, "Of all other peers.", lower_bound=0.0)
     flags.DEFINE_enum("split", "test", list(SPLITS), "What accuracy is measured on.")
     flags.DEFINE_enum("target", "litert", list(TARGETS), "Of export: what will run the files.")
     storages = list(WEIGHT_STORAGES)

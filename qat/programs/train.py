@@ -22,7 +22,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset", "digits", "TFDS name, e.g. fashion_mnist; 'digits' needs no network."
     )
-    flags.DEFINE_string("model", "cnn5", "An architecture of models/.")
+    flags.DEFINE_string("model", "cnn5", "An architecture of models/, e.g. cnn5 or cnn5:width=0.5.")
     flags.DEFINE_string("float_model", None, "A trained float tf_keras model to start from.")
     flags.DEFINE_integer(
         "float_epochs", None, "Float training; default: a step budget.", lower_bound=0
