@@ -17,12 +17,12 @@ from qat.files import write_whole, zipped
 from qat.loading import load_model
 
 
-def require_model(text: str) -> None:
-    """Raises UserError unless `models.build` takes this, e.g. "cnn5" or "cnn5:width=2"."""
+def require_model(text: str, hint: str = "") -> None:
+    """Raises UserError, with the hint, unless `models.build` takes "cnn5" or "cnn5:width=2"."""
     try:
         models.chosen(text)
     except ValueError as error:
-        raise UserError(f"--model={text}: {error}") from error
+        raise UserError(f"--model={text}: {error}{hint}") from error
 
 
 def load_float_model(path: str, spec: DatasetSpec, flag: str) -> tf_keras.Model:

@@ -74,7 +74,7 @@ class _Suite:
     def __init__(self, plan: ExportPlan):
         self.plan = plan
         if plan.terms.model != every_operator.NAME:
-            require_model(plan.terms.model)
+            require_model(plan.terms.model, f"; here also {every_operator.NAME}")
         if plan.json and not plan.json.absolute().parent.is_dir():
             raise UserError(f"--json={plan.json}: its folder does not exist")
         for recipe in plan.recipes:
