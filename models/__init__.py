@@ -41,12 +41,15 @@ MODELS: tuple[str, ...] = tuple(_ARCHITECTURES)
 def chosen(text: str) -> tuple[str, dict[str, float]]:
     """("cnn5", {"width": 2.0}) of "cnn5:width=2"; semicolons separate several options.
 
-    Raises ValueError for an unknown model or option, and for a value that is no number above 0.
+    Raises ValueError for an unknown model or option, one that is given twice, and for a value that
+    is no number above 0.
     """
     name, _, rest = text.partition(":")
     options = {}
     for part in rest.split(";") if rest else ():
         option, _, value = part.partition("=")
+        if option in options:
+            raise ValueError(f"{text!r} has {option!r} twice; give it once")
         options[option] = _number(option, value)
     _require_legal(name, options)
     return name, options

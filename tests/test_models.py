@@ -156,6 +156,7 @@ def test_a_name_may_carry_options():
         (("cnn5:depth=2", (8, 8, 1), 3), {}, "no option 'depth'; its options: width"),
         (("cnn5:width=wide", (8, 8, 1), 3), {}, "width must be a number above 0, e.g. .*'wide'"),
         (("cnn5:width=nan", (8, 8, 1), 3), {}, "width must be a number above 0"),
+        (("cnn5:width=2;width=3", (8, 8, 1), 3), {}, "has .width. twice"),
         (("cnn5:width", (8, 8, 1), 3), {}, "width must be a number above 0, e.g. .* got ''"),
         (("cnn5:=2", (8, 8, 1), 3), {}, "no option ''; its options: width"),
         (("cnn5", (8, 8), 3), {}, "must be .height, width, channels., got .8, 8."),
