@@ -17,7 +17,7 @@ from qat.operator_layers import FoldedAway
 from qat.placement import NOT_ANNOTATED
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
-from qat.roles import FUSES, KEEPS_GRID, role, supports
+from qat.roles import FUSES, KEEPS_GRID, Role, role, supports
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,14 @@ class _Walk:
         reads = self._grid_of(call.inputs[0]) if kernel else None
         fused_into = self._fused_into(call, layer)
         activation = reads or output
-        if activation is None and not fused_into and supports(layer) and role(layer) in KEEPS_GRID:
+        if activation is None and not fused_into and _keeps_grid(layer):
             activation = self._grid_of(call.output)
         weights = output if isinstance(layer, tf_keras.layers.Embedding) else kernel
+        reason = _wished(wrapper)
+        if reason is None and not fused_into and self._is_float(call, layer, kernel, activation):
+            reason = NOT_ANNOTATED
+        if reason is not None:  # An output's grid is its readers' then.
+            activation = output = None
         return LayerAccount(
             name=layer.name,
             type=getattr(layer, "replaced", type(layer).__name__),
@@ -87,8 +92,30 @@ class _Walk:
             activation_bits=activation.num_bits if activation else None,
             method=_method(layer, reads, kernel or output),
             fused_into=fused_into,
-            reason_if_float=_reason(wrapper, layer, kernel),
+            reason_if_float=reason,
         )
+
+    def _is_float(self, call: Call, layer, kernel, activation) -> bool:
+        """Whether some tensor of the layer's operator has no grid, though nobody said why."""
+        if configs.kernels(layer):
+            return kernel is None
+        if not call.inputs:
+            return False
+        if activation is None:
+            return not any(map(self._computes_its_inputs, self.readers[id(call.output)]))
+        # What a concatenation joins lies on its grid; a gather reads numbers of rows.
+        no_grids = not supports(layer) or role(layer) in (Role.CONCAT, Role.GATHER)
+        return not no_grids and any(self._grid_of(tensor) is None for tensor in call.inputs)
+
+    def _computes_its_inputs(self, reader: Call | None) -> bool:
+        """Whether a reader is fused into what it reads, or gives that its grid."""
+        if reader is None:
+            return False
+        layer = _inner(reader.layer)
+        joins = (
+            supports(layer) and role(layer) is Role.CONCAT and id(reader.output) in self.quantizer
+        )
+        return joins or bool(self._fused_into(reader, layer))
 
     def _grid_of(self, tensor):
         """The quantizer on whose grid a tensor lies, seen through layers that only move values."""
@@ -96,10 +123,17 @@ class _Walk:
             call = self.producer[id(tensor)]
             if isinstance(call.layer, FakeQuantize):
                 return call.layer.quantizer
-            if id(tensor) in self.quantizer or isinstance(call.layer, QuantizeWrapper):
+            if _wished(call.layer) or not self._moves(call):
                 return None
             tensor = call.inputs[0]
         return None
+
+    def _moves(self, call: Call) -> bool:
+        """Whether codes pass unchanged, as through a Rescaling that is a kernel's gain."""
+        layer = _inner(call.layer)
+        if isinstance(layer, tf_keras.layers.Rescaling):
+            return id(call.output) not in self.quantizer
+        return _keeps_grid(layer)
 
     def _fused_into(self, call: Call, layer) -> str:
         """Name of the layer whose operator computes this one too."""
@@ -139,9 +173,10 @@ def _method(layer, reads, quantizer) -> str:
     return quantizer.method if quantizer else ""
 
 
-def _reason(wrapper, layer, kernel) -> str | None:
-    config = getattr(wrapper, "quantize_config", None)
-    reason = getattr(config, "keep_float", None)
-    if reason is None and configs.kernels(layer) and kernel is None:
-        return NOT_ANNOTATED
-    return reason
+def _keeps_grid(layer) -> bool:
+    return supports(layer) and role(layer) in KEEPS_GRID
+
+
+def _wished(wrapper) -> str | None:
+    """Why the user keeps the layer in float; None if nobody wished it."""
+    return getattr(getattr(wrapper, "quantize_config", None), "keep_float", None)

@@ -83,7 +83,7 @@ class TrainSettings:
 # the float model may be trained too little.
 RECOMMENDED: dict[str, TrainSettings] = {
     # Stock networks' moving statistics (momentum 0.999) need thousands of steps to follow weights.
-    "8 bits": TrainSettings(learning_rate=1e-3, reestimate_batch_norm=50),
+    "8 bits": TrainSettings(learning_rate=4e-3, reestimate_batch_norm=50),
     "4 to 7 bits": TrainSettings(
         learning_rate=4e-3,
         weight_decay=1e-3,

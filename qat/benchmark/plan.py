@@ -37,8 +37,8 @@ class Terms:
     qat_learning_rate: float
 
     def learning_rate_of(self, source: str) -> float:
-        """Of a run that is not ours: float goes on at its own; so does Larq, from scratch."""
-        return self.learning_rate if source in (FLOAT, "larq") else self.qat_learning_rate
+        """Of a run that is not ours: float goes on as all others do; Larq begins from scratch."""
+        return self.learning_rate if source == "larq" else self.qat_learning_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,9 +59,10 @@ def define_flags() -> None:
     integer("epochs", None, what, lower_bound=0)
     integer("binary_epochs", 9, "Instead of --epochs for 1-bit networks.", lower_bound=0)
     integer("batch_size", 64, "Examples a step.", lower_bound=1)
-    what = "Of float training, its --epochs too, and of 1-bit peers."
+    what = "Of float training from scratch, and of 1-bit peers."
     number("learning_rate", 1e-3, what, lower_bound=0.0)
-    number("qat_learning_rate", 1e-3, "Of all other peers.", lower_bound=0.0)
+    what = "Of float training's --epochs, and of all other peers; ours have their recipe's."
+    number("qat_learning_rate", 4e-3, what, lower_bound=0.0)
     flags.DEFINE_enum("split", "test", list(SPLITS), "What accuracy is measured on.")
     flags.DEFINE_enum("target", "litert", list(TARGETS), "Of export: what will run the files.")
     storages = list(WEIGHT_STORAGES)
