@@ -200,6 +200,30 @@ def test_methods_of_activations(method):
     assert rows["last_relu"].method == "minmax"
 
 
+def joined(x):
+    """Sums inside a concatenation and a fused ReLU, a value read by a sign and by an addition."""
+    x = layers.Conv2D(4, 3, padding="same", name="first")(x)
+    x = layers.ReLU(name="relu")(layers.BatchNormalization(name="norm")(x))
+    y = layers.Conv2D(4, 3, padding="same", name="middle")(x)
+    y = layers.BatchNormalization(name="middle_norm")(y)
+    added = layers.Add(name="added")([x, y])
+    averaged = layers.AveragePooling2D(2, 1, padding="same", name="averaged")(y)
+    summed = layers.Add(name="summed")([averaged, added])
+    x = layers.Concatenate(name="joined")([summed, layers.ReLU(name="again")(added)])
+    return layers.Dense(3, name="head")(layers.GlobalAveragePooling2D(name="mean")(x))
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w1a1", "w1a1-reactnet"])
+def test_no_layer_of_a_wholly_quantized_network_is_float(recipe, tmp_path):
+    net = small_models.model_of(joined, IMAGE)
+    model = small_models.quantized(net, recipe)
+    rows = qat.quantization_report(model)
+    assert [row.name for row in rows if row.reason_if_float] == []
+    assert len(rows) == len(net.layers) - 1
+    file = read_file(qat.export_tflite(model, tmp_path / "m.tflite"))
+    assert file.float_operators() == []
+
+
 def test_a_float_model_is_refused(net):
     with pytest.raises(ModelError, match="quantize_model") as error:
         qat.quantization_report(net)

@@ -75,6 +75,42 @@ def test_selected_layers_are_integer_operators_and_others_float(how, tmp_path):
     }  # fmt: skip
 
 
+def curves(x):
+    x = layers.Conv2D(4, 3, name="one")(x)
+    x = layers.Conv2D(4, 3, name="two")(layers.Activation("swish", name="curve")(x))
+    x = layers.Flatten(name="flat")(layers.Activation("tanh", name="bend")(x))
+    return layers.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize("how", ["rule", "annotation"])
+def test_curves_that_nobody_selected_are_float_with_their_reason(how, tmp_path):
+    """Between, in front of and behind integers: what is float in the file is so in the account."""
+    net = small_models.model_of(curves, IMAGE)
+    reason = "not annotated for quantization"
+    if how == "rule":
+        eight = qat.TensorSpec(bits=8)
+        rules = [qat.Rule(type="Conv2D", weights=eight, activations=eight)]
+        rules.append(qat.Rule(keep_float=reason))
+        model = qat.quantize_model(net, qat.Recipe(name="some", rules=tuple(rules)))
+    else:
+        copy = tf_keras.models.clone_model(
+            net,
+            clone_function=lambda layer: (
+                keras.quantize_annotate_layer(layer) if layer.name in ("one", "two") else layer
+            ),
+        )
+        model = keras.quantize_apply(copy, scheme=qat.scheme("w8a8"))
+    qat.calibrate(model, small_models.batches(small_models.data_for(net)))
+    rows = {row.name: row for row in qat.quantization_report(model)}
+    floats = {name for name, row in rows.items() if row.reason_if_float == reason}
+    assert floats == {"curve_sigmoid", "curve_product", "bend", "flat", "head"}
+    assert all(rows[name].activation_bits is None for name in floats)
+    assert rows["one"].activation_bits == rows["two"].activation_bits == 8
+    file = read_file(qat.export_tflite(model, tmp_path / "m.tflite"))
+    operators = set(file.float_operators()) - {"QUANTIZE", "DEQUANTIZE", "RESHAPE"}
+    assert operators == {"LOGISTIC", "MUL", "TANH", "FULLY_CONNECTED"}
+
+
 def test_widths_by_name_type_and_position(tmp_path):
     def widths(bits):
         return {"weights": qat.TensorSpec(bits=bits), "activations": qat.TensorSpec(bits=8)}
