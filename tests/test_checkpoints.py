@@ -188,7 +188,15 @@ def test_a_signal_saves_the_step_that_runs(number, tmp_path, whole):
     assert_same(model, whole)
 
 
-def test_without_checkpoints_ctrl_c_is_pythons():
+@pytest.fixture
+def pythons_sigint():
+    """Python's handler, also where a shell started the tests in the background: SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_without_checkpoints_ctrl_c_is_pythons(pythons_sigint):
     ask = Act(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as interrupt:
         fit(linear_model(0), Stripes(), TrainConfig(epochs=9, learning_rate=0.02), callbacks=[ask])
