@@ -64,6 +64,7 @@ class _Walk:
     def __init__(self, model: tf_keras.Model):
         self.producer = {id(out): call for call in calls(model) for out in call.outputs}
         self.readers = consumers(model)
+        self.reasons: dict[str, str | None] = {}
         self.quantizer = {}
         for call in calls(model):
             if isinstance(call.layer, FakeQuantize):
@@ -80,9 +81,10 @@ class _Walk:
         if activation is None and not fused_into and _keeps_grid(layer):
             activation = self._grid_of(call.output)
         weights = output if isinstance(layer, tf_keras.layers.Embedding) else kernel
-        reason = _wished(wrapper)
+        reason = _wished(wrapper) or self.reasons.get(fused_into)
         if reason is None and not fused_into and self._is_float(call, layer, kernel, activation):
             reason = NOT_ANNOTATED
+        self.reasons[layer.name] = reason
         if reason is not None:  # An output's grid is its readers' then.
             activation = output = None
         return LayerAccount(
@@ -101,21 +103,20 @@ class _Walk:
             return kernel is None
         if not call.inputs:
             return False
-        if activation is None:
-            return not any(map(self._computes_its_inputs, self.readers[id(call.output)]))
+        if activation is None and not self._ends_on_grid(call):
+            return True
         # What a concatenation joins lies on its grid; a gather reads numbers of rows.
         no_grids = not supports(layer) or role(layer) in (Role.CONCAT, Role.GATHER)
         return not no_grids and any(self._grid_of(tensor) is None for tensor in call.inputs)
 
-    def _computes_its_inputs(self, reader: Call | None) -> bool:
-        """Whether a reader is fused into what it reads, or gives that its grid."""
-        if reader is None:
-            return False
-        layer = _inner(reader.layer)
-        joins = (
-            supports(layer) and role(layer) is Role.CONCAT and id(reader.output) in self.quantizer
-        )
-        return joins or bool(self._fused_into(reader, layer))
+    def _ends_on_grid(self, call: Call) -> bool:
+        """Whether its output lies on the grid of a layer fused into it, or of a concatenation."""
+        for reader in filter(None, self.readers[id(call.output)]):
+            layer = _inner(reader.layer)
+            joins = supports(layer) and role(layer) is Role.CONCAT
+            if joins or self._fused_into(reader, layer):
+                return id(reader.output) in self.quantizer or self._ends_on_grid(reader)
+        return False
 
     def _grid_of(self, tensor):
         """The quantizer on whose grid a tensor lies, seen through layers that only move values."""

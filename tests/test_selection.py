@@ -31,8 +31,8 @@ def kernel_types(file):
     return {kernel.name.removesuffix("/kernel"): kernel.dtype for kernel in read}
 
 
-def by_rule(*selected):
-    net = small_models.model_of(chain, IMAGE)
+def by_rule(*selected, network=chain):
+    net = small_models.model_of(network, IMAGE)
     eight = qat.TensorSpec(bits=8)
     rules = [qat.Rule(layer=f"{name}*", weights=eight, activations=eight) for name in selected]
     everything_else = qat.Rule(keep_float="not selected")
@@ -40,8 +40,8 @@ def by_rule(*selected):
     return qat.calibrate(model, small_models.batches(small_models.data_for(net)))
 
 
-def by_annotation(*selected):
-    net = small_models.model_of(chain, IMAGE)
+def by_annotation(*selected, network=chain):
+    net = small_models.model_of(network, IMAGE)
 
     def annotated(layer):
         return keras.quantize_annotate_layer(layer) if layer.name in selected else layer
@@ -52,7 +52,10 @@ def by_annotation(*selected):
     return qat.calibrate(model, small_models.batches(small_models.data_for(net)))
 
 
-@pytest.mark.parametrize("how", [by_rule, by_annotation])
+REASONS = {by_rule: "not selected", by_annotation: "not annotated for quantization"}
+
+
+@pytest.mark.parametrize("how", REASONS)
 def test_selected_layers_are_integer_operators_and_others_float(how, tmp_path):
     """Neighbours stay integer between them; QUANTIZE and DEQUANTIZE stand at their ends alone."""
     model = how("two", "three")
@@ -69,46 +72,36 @@ def test_selected_layers_are_integer_operators_and_others_float(how, tmp_path):
     (expected,), (actual,) = small_models.run_model(model, data), small_models.run_file(path, data)
     assert np.abs(expected - actual).max() < 0.05 * np.ptp(expected)
     rows = {row.name: row for row in qat.quantization_report(model)}
-    reason = {by_rule: "not selected", by_annotation: "not annotated for quantization"}[how]
+    reason = REASONS[how]
     assert {name: rows[name].reason_if_float for name in (*NAMES, "head")} == {
         "one": reason, "two": None, "three": None, "four": reason, "head": reason,
     }  # fmt: skip
 
 
 def curves(x):
-    x = layers.Conv2D(4, 3, name="one")(x)
-    x = layers.Conv2D(4, 3, name="two")(layers.Activation("swish", name="curve")(x))
+    x = y = layers.Conv2D(4, 3, padding="same", name="one")(x)
+    x = layers.Conv2D(4, 3, padding="same", name="two")(layers.Activation("swish", name="curve")(x))
+    z = layers.Conv2D(4, 3, padding="same", name="between")(x)
+    x = layers.ReLU(name="add_relu")(layers.Add(name="add")([z, y]))
     x = layers.Flatten(name="flat")(layers.Activation("tanh", name="bend")(x))
-    return layers.Dense(3, name="head")(x)
+    return layers.Dense(3, activation="relu", name="head")(x)
 
 
-@pytest.mark.parametrize("how", ["rule", "annotation"])
-def test_curves_that_nobody_selected_are_float_with_their_reason(how, tmp_path):
-    """Between, in front of and behind integers: what is float in the file is so in the account."""
-    net = small_models.model_of(curves, IMAGE)
-    reason = "not annotated for quantization"
-    if how == "rule":
-        eight = qat.TensorSpec(bits=8)
-        rules = [qat.Rule(type="Conv2D", weights=eight, activations=eight)]
-        rules.append(qat.Rule(keep_float=reason))
-        model = qat.quantize_model(net, qat.Recipe(name="some", rules=tuple(rules)))
-    else:
-        copy = tf_keras.models.clone_model(
-            net,
-            clone_function=lambda layer: (
-                keras.quantize_annotate_layer(layer) if layer.name in ("one", "two") else layer
-            ),
-        )
-        model = keras.quantize_apply(copy, scheme=qat.scheme("w8a8"))
-    qat.calibrate(model, small_models.batches(small_models.data_for(net)))
+@pytest.mark.parametrize("how", REASONS)
+def test_layers_that_nobody_selected_are_float_with_their_reason(how, tmp_path):
+    """Between integers and behind them: what is float in the file is so in the account."""
+    model = how("one", "two", network=curves)
     rows = {row.name: row for row in qat.quantization_report(model)}
-    floats = {name for name, row in rows.items() if row.reason_if_float == reason}
-    assert floats == {"curve_sigmoid", "curve_product", "bend", "flat", "head"}
+    floats = {name for name, row in rows.items() if row.reason_if_float == REASONS[how]}
+    assert floats == {
+        "curve_sigmoid", "curve_product", "between", "add", "add_relu", "bend", "flat", "head",
+        "head_relu",
+    }  # fmt: skip
     assert all(rows[name].activation_bits is None for name in floats)
     assert rows["one"].activation_bits == rows["two"].activation_bits == 8
     file = read_file(qat.export_tflite(model, tmp_path / "m.tflite"))
     operators = set(file.float_operators()) - {"QUANTIZE", "DEQUANTIZE", "RESHAPE"}
-    assert operators == {"LOGISTIC", "MUL", "TANH", "FULLY_CONNECTED"}
+    assert operators == {"LOGISTIC", "MUL", "CONV_2D", "ADD", "TANH", "FULLY_CONNECTED"}
 
 
 def test_widths_by_name_type_and_position(tmp_path):

@@ -12,6 +12,7 @@ import tf_keras
 from ai_edge_litert.interpreter import Interpreter
 from whole_models import WHOLE_MODELS
 
+from qat.arrays import load_arrays
 from qat.verify.interpreter import Runner
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def outputs_of(content: bytes, model: tf_keras.Model, x: list[np.ndarray]) -> li
 
 
 def fresh_examples(build) -> list[np.ndarray]:
-    """1,280 of the same kind, an array for each input: 64 decide by chance, up to 1.5 dB."""
+    """1,280 of the same kind, an array for each input; BUILD_NOTES has what 64 say."""
     drawn = [tf.nest.flatten(build(np.random.default_rng(seed))[1]) for seed in range(1, 5)]
     return [np.concatenate(arrays) for arrays in zip(*drawn, strict=True)]
 
@@ -81,8 +82,9 @@ def test_the_file_is_as_good_as_tensorflows_own(name, tmp_path):
     inputs = dict(zip(model.input_names, x, strict=True)) if len(x) > 1 else {"x": x[0]}
     targets = dict(zip(model.output_names, y, strict=True)) if len(y) > 1 else {"y": y[0]}
     np.savez(tmp_path / "data.npz", **inputs, **targets)
-    # What quantize.py calibrates with: a fifth is held out for the report, a tenth for validation.
-    train = np.random.default_rng(0).permutation(len(x[0]))[len(x[0]) * 3 // 10 :]
+    # What quantize.py calibrates with.
+    data = load_arrays(f"{tmp_path}/data.npz", model, batch_size=16, seed=0, flag="")
+    train = data.order[-data.counts[0] :]
     of_test = fresh_examples(build)
     expected = tf.nest.flatten(model(of_test if len(x) > 1 else of_test[0]))
     expected = [output.numpy() for output in expected]
