@@ -20,17 +20,34 @@ class Augmentation:
 
     @classmethod
     def for_image(
-        cls, image_shape: tuple[int, int, int], class_names: Sequence[str] = ()
+        cls,
+        image_shape: tuple[int, int, int],
+        class_names: Sequence[str] = (),
+        *,
+        shift: int | None = None,
+        flip: bool | None = None,
     ) -> Augmentation:
-        """A default by the shorter side: 1 px up to 16, 2 px up to 31, 4 px up to 64, then 1/16.
+        """What is given, and by default what is safe.
 
-        Flips colour images whose classes all have names of words. Digits, letters and numbered
-        classes may change their meaning in a mirror and are never flipped.
+        The default shift goes by the shorter side: 1 px up to 16, 2 px up to 31, 4 px up to 64,
+        then 1/16. By default only colour images whose classes all have names of words are flipped:
+        digits, letters and numbered classes may change their meaning in a mirror.
+
+        Raises:
+            ValueError: a shift that is negative or leaves nothing of an image.
         """
         side = min(image_shape[:2])
-        shift = 1 if side <= 16 else 2 if side < 32 else max(4, side // 16)
-        words = all(len(name) > 1 and not name.isdigit() for name in class_names)
-        return cls(shift=shift, flip=image_shape[2] >= 3 and bool(class_names) and words)
+        if shift is None:
+            shift = 1 if side <= 16 else 2 if side < 32 else max(4, side // 16)
+        elif not 0 <= shift < side:
+            raise ValueError(
+                f"a shift of {shift} pixels does not suit images of {image_shape[0]}x"
+                f"{image_shape[1]}; give 0 to {side - 1}"
+            )
+        if flip is None:
+            words = all(len(name) > 1 and not name.isdigit() for name in class_names)
+            flip = image_shape[2] >= 3 and bool(class_names) and words
+        return cls(shift=shift, flip=flip)
 
     def __call__(self, images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Images (n, height, width, channels) of any dtype, a function of `seed` (2,) alone."""

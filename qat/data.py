@@ -187,23 +187,33 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     seed: int = 0,
     augment: bool | Augmentation = True,
+    shift: int | None = None,
+    flip: bool | None = None,
     cache: bool = True,
 ) -> ImageData:
     """Training, validation and test data of the TFDS dataset `name` ("digits", "cifar10", ...).
 
     `data_dir` and `image_size` as in `tfds_images.open_dataset`. `augment=True` takes
-    `Augmentation.for_image`. `cache` keeps each split of up to 500 MB (uint8) in memory. Raises
-    DataError, with one line, for whatever keeps the dataset from being used.
+    `Augmentation.for_image`, with `shift` and `flip` where given. `cache` keeps each split of up to
+    500 MB (uint8) in memory. Raises DataError, with one line, for whatever keeps the dataset from
+    being used.
     """
     source = open_dataset(name, data_dir=data_dir, image_size=image_size)
     spec, splits = _read_splits(source, source.choose_splits(), cache)
     augmentation = augment if isinstance(augment, Augmentation) else None
     if augment is True:
-        augmentation = Augmentation.for_image(spec.image_shape, spec.class_names)
+        augmentation = _suiting(spec, shift, flip)
     logging.info("Dataset %s, augmentation %s", spec, augmentation)
     return ImageData(
         spec=spec, batch_size=batch_size, seed=seed, augmentation=augmentation, splits=splits
     )
+
+
+def _suiting(spec: DatasetSpec, shift: int | None, flip: bool | None) -> Augmentation:
+    try:
+        return Augmentation.for_image(spec.image_shape, spec.class_names, shift=shift, flip=flip)
+    except ValueError as error:
+        raise DataError(f"dataset {spec.name!r}: {error}") from error
 
 
 def evaluation_split(

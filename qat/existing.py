@@ -133,6 +133,8 @@ class QuantizeRun(QatRun):
             batch_size=job.batch_size,
             image_size=None if None in size else size,
             seed=job.seed,
+            shift=job.augment_shift,
+            flip=job.augment_flip,
         )
         self.input_range = job.input_range or PIXEL_RANGE
         self.float_model = _with_fixed_inputs(model, [images.spec.image_shape[:2]])
@@ -142,6 +144,10 @@ class QuantizeRun(QatRun):
 
     def _take_arrays(self, model: tf_keras.Model) -> None:
         job, flag = self.job, "--calibration_data"
+        if job.augment_shift is not None or job.augment_flip is not None:
+            raise UserError(
+                f"--augment_shift and --augment_flip go with --dataset, not with {flag}"
+            )
         data = load_arrays(
             job.calibration_data, model, batch_size=job.batch_size, seed=job.seed, flag=flag
         )

@@ -32,6 +32,8 @@ class QatJob:
     seed: int = 0
     resume: bool = False
     distill: bool | None = None
+    augment_shift: int | None = None
+    augment_flip: bool | None = None
     settings: TrainSettings | None = None
     jit_compile: bool = False
     mixed_precision: str = "float32"

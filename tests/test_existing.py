@@ -167,6 +167,21 @@ def test_a_teacher_is_for_classes(files, tmp_path):
         run(files, tmp_path, "segmentation.keras", "segmentation.npz", distill=True)
 
 
+def test_images_are_moved_as_the_job_says(tmp_path):
+    layers = [tf_keras.layers.Flatten(input_shape=(6, 6, 1)), tf_keras.layers.Dense(10, "softmax")]
+    tf_keras.Sequential(layers).save(tmp_path / "model.keras")
+    job = QuantizeJob(
+        model_path=str(tmp_path / "model.keras"),
+        dataset="digits",
+        recipe=Recipe.from_name("w8a8"),
+        output_dir=tmp_path / "run",
+        augment_shift=0,
+        augment_flip=True,
+    )
+    moved = existing.QuantizeRun(job).data.images.augmentation
+    assert moved == existing.qat_data.Augmentation(shift=0, flip=True)
+
+
 @pytest.mark.slow
 def test_images_of_a_dataset_for_two_classes(files, tmp_path, monkeypatch):
     """A sigmoid's one output, grey images for three channels, another size and range."""

@@ -14,6 +14,7 @@ import models
 import qat
 from qat import pipeline, strict, train
 from qat import recommended as recommended_module
+from qat.augmentation import Augmentation
 from qat.errors import QatError
 from qat.pipeline import Job
 from qat.recipe import Recipe
@@ -358,6 +359,15 @@ def test_a_recipe_is_trained_with_its_settings(tints, tmp_path, configs):
         assert getattr(config, name) == getattr(best, name), name
     assert config.reestimate_batch_norm == best.reestimate_batch_norm > 0
     assert configs["float"].teacher is None and configs["float"].learning_rate == 1e-3
+
+
+def test_a_job_chooses_how_images_are_moved(tints, tmp_path):
+    own = {"augment_shift": 1, "augment_flip": True}
+    moved, default = (pipeline.TrainRun(job(tints, tmp_path, **given)) for given in (own, {}))
+    assert moved.data.augmentation == Augmentation(shift=1, flip=True)
+    shape, names = default.data.spec.image_shape, default.data.spec.class_names
+    assert default.data.augmentation == Augmentation.for_image(shape, names)
+    assert default.data.augmentation != moved.data.augmentation
 
 
 def test_a_float_model_that_is_given_counts_as_converged():

@@ -25,13 +25,14 @@ PROGRAMS = ("train", "quantize", "export", "evaluate")
 TRAIN_FLAGS = (
     "dataset data_dir model recipe float_model float_epochs qat_epochs batch_size learning_rate "
     "qat_learning_rate seed output_dir resume distribution mixed_precision jit_compile distill "
-    "target io weight_storage strict checkpoint_steps deterministic profile_steps"
+    "target io weight_storage strict checkpoint_steps deterministic profile_steps augment_shift "
+    "augment_flip"
 ).split()
 QUANTIZE_FLAGS = (
     "model_path recipe dataset data_dir calibration_data input_range qat_epochs loss "
     "custom_objects allow_unsafe_deserialization batch_size qat_learning_rate seed output_dir "
     "resume distribution mixed_precision jit_compile distill target io weight_storage strict "
-    "checkpoint_steps deterministic profile_steps"
+    "checkpoint_steps deterministic profile_steps augment_shift augment_flip"
 ).split()
 FLAGS = {
     "train": TRAIN_FLAGS,
@@ -70,6 +71,8 @@ TRAIN_CALLS = {
         "--output_dir=new --qat_learning_rate=inf --qat_epochs=1",
         "learning_rate inf",
     ),
+    "shift below 0": ("--output_dir=new --augment_shift=-1", "augment_shift -1"),
+    "shift of a whole image": ("--output_dir=new --augment_shift=8", "shift 8 digits 8x8 give 0 7"),
     "seed below 0": ("--output_dir=new --seed=-1", "seed -1"),
     "seed above 32 bits": ("--output_dir=new --seed=4294967296", "seed 4294967296"),
     "checkpoint_steps 0": ("--output_dir=new --checkpoint_steps=0", "checkpoint_steps 0"),
@@ -125,6 +128,10 @@ QUANTIZE_CALLS = {
     "data twice": (
         "--model_path=float.keras --dataset=digits --calibration_data=good.npz",
         "--dataset --calibration_data",
+    ),
+    "arrays mirrored": (
+        "--model_path=float.keras --calibration_data=good.npz --noaugment_flip",
+        "augment_flip --dataset --calibration_data",
     ),
     "unknown dataset": ("--model_path=float.keras --dataset=digitz", "'digitz' digits"),
     "dataset of other classes": ("--model_path=seven.keras --dataset=digits", "7 10 digits"),

@@ -26,6 +26,10 @@ def define_flags() -> None:
     string("output_dir", None, "Folder for everything that is written; made if missing.")
     flags.DEFINE_bool("resume", False, "Go on from the checkpoints in output_dir.")
     flags.DEFINE_bool("distill", None, "Learn from the float model; default: as suits the recipe.")
+    what = "Pixels that training images move by at most; default: as suits their size."
+    integer("augment_shift", None, what, lower_bound=0)
+    what = "Mirror training images; default: colour images whose classes have names of words."
+    flags.DEFINE_bool("augment_flip", None, what)
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.")
     flags.DEFINE_bool("deterministic", False, "Only kernels that give the same result twice.")
     flags.DEFINE_bool("strict", False, "Exit with 2 if the file is not as a release must be.")
@@ -63,6 +67,8 @@ def job_fields() -> dict[str, Any]:
         "seed": FLAGS.seed,
         "resume": FLAGS.resume,
         "distill": FLAGS.distill,
+        "augment_shift": FLAGS.augment_shift,
+        "augment_flip": FLAGS.augment_flip,
         "jit_compile": FLAGS.jit_compile,
         "mixed_precision": FLAGS.mixed_precision,
         "target": FLAGS.target,
