@@ -17,6 +17,7 @@ from models import (
     lenet,
     mobilenet_v1,
     mobilenet_v2,
+    quicknet,
     resnet20,
     resnet32,
     resnet56,
@@ -34,6 +35,7 @@ _ARCHITECTURES = {
     "mobilenet_v2": mobilenet_v2,
     "binarynet": binarynet,
     "birealnet": birealnet,
+    "quicknet": quicknet,
 }
 MODELS: tuple[str, ...] = tuple(_ARCHITECTURES)
 

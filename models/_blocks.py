@@ -52,9 +52,9 @@ def depthwise_bn(x, *, strides: int = 1, name: str):
     return tf_keras.layers.BatchNormalization(**_BATCH_NORM, name=f"{name}_bn")(x)
 
 
-def conv_bn_relu(x, filters: int, kernel_size: int, *, name: str):
-    """`conv_bn` with stride 1, then ReLU."""
-    x = conv_bn(x, filters, kernel_size, name=name)
+def conv_bn_relu(x, filters: int, kernel_size: int, *, strides: int = 1, name: str):
+    """`conv_bn`, then ReLU."""
+    x = conv_bn(x, filters, kernel_size, strides=strides, name=name)
     return tf_keras.layers.ReLU(name=f"{name}_relu")(x)
 
 

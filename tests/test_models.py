@@ -110,12 +110,15 @@ def test_spatial_sizes_follow_the_stride_policy():
     assert first_and_last("mobilenet_v1", (64, 64, 3)) == ((64, 64), (8, 8))
     assert first_and_last("mobilenet_v1", (96, 96, 3)) == ((48, 48), (6, 6))
     assert first_and_last("birealnet", (33, 47, 3)) == ((33, 47), (9, 12))
+    assert first_and_last("quicknet", (28, 28, 1)) == ((28, 28), (7, 7))
+    assert first_and_last("quicknet", (65, 96, 3)) == ((33, 48), (9, 12))
 
 
-def test_every_binary_convolution_has_its_own_relu_and_shortcut():
-    model = built("birealnet", (28, 28, 1), 10)
+@pytest.mark.parametrize(("name", "count"), [("birealnet", 12), ("quicknet", 5)])
+def test_every_binary_convolution_has_its_own_relu_and_shortcut(name, count):
+    model = built(name, (28, 28, 1), 10)
     convolutions = [x for x in model.layers if re.fullmatch(r"stage\d_conv\d", x.name)]
-    assert len(convolutions) == 12
+    assert len(convolutions) == count
     for layer in convolutions:
         assert model.get_layer(f"{layer.name}_relu").output is layer.input
         main, shortcut = model.get_layer(f"{layer.name}_add").input
