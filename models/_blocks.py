@@ -58,6 +58,12 @@ def conv_bn_relu(x, filters: int, kernel_size: int, *, strides: int = 1, name: s
     return tf_keras.layers.ReLU(name=f"{name}_relu")(x)
 
 
+def relu_conv_bn(x, filters: int, *, strides: int = 1, name: str):
+    """ReLU, then a 3x3 `conv_bn`: a binary recipe puts its sign in the place of the ReLU."""
+    x = tf_keras.layers.ReLU(name=f"{name}_relu")(x)
+    return conv_bn(x, filters, 3, strides=strides, name=name)
+
+
 def max_pool(x, *, name: str):
     """2x2 max pooling, stride 2; padding "same" keeps a 1-pixel side at 1."""
     return tf_keras.layers.MaxPooling2D(2, padding="same", name=name)(x)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import tf_keras
 
-from models._blocks import channels, classifier, conv_bn, pixels, stem_stride
+from models._blocks import channels, classifier, conv_bn, pixels, relu_conv_bn, stem_stride
 
 
 def build(
@@ -43,6 +43,5 @@ def _bireal_unit(x, filters: int, strides: int, name: str):
             2, padding="same", name=f"{name}_shortcut_pool"
         )(x)
         shortcut = conv_bn(shortcut, filters, 1, name=f"{name}_shortcut")
-    x = tf_keras.layers.ReLU(name=f"{name}_relu")(x)
-    x = conv_bn(x, filters, 3, strides=strides, name=name)
+    x = relu_conv_bn(x, filters, strides=strides, name=name)
     return tf_keras.layers.Add(name=f"{name}_add")([x, shortcut])

@@ -1,11 +1,11 @@
-"""QuickNet for small images, as a float network: made to be fast and accurate with single bits.
+"""QuickNet for small images, as a float network: made to be accurate with single bits.
 
 After Bannink et al., "Larq Compute Engine", 2021 (arXiv 2011.09398): a stem of two real-valued
 convolutions, stages of y = BN(conv3x3(ReLU(x))) + x, where a binary recipe puts a sign in the place
 of the ReLU, and real-valued transitions between them: ReLU, 2x2 max pooling, 1x1 convolution,
-BatchNorm. Small images: two stages, the stem halves up to 64 pixels once and quarters larger ones,
-and no blur before the pooling. Stem and transitions are meant to keep 8 bits beside a binary recipe
-(rules for the layers "stem_*" and "transition*").
+BatchNorm. Small images: two stages, a stem that halves images of up to 64 pixels and quarters
+larger ones, and no blur before the pooling. Stem and transitions are meant to keep 8 bits beside a
+binary recipe (rules for the layers "stem_*" and "transition*").
 
 426,970 parameters for (28, 28, 1) and 10 classes;
 427,258 parameters for (32, 32, 3) and 10 classes. 95 % of them are in the kernels of the stages.
@@ -22,6 +22,7 @@ from models._blocks import (
     conv_bn_relu,
     max_pool,
     pixels,
+    relu_conv_bn,
     stem_stride,
 )
 
@@ -51,8 +52,7 @@ def build(
 
 def _residual_unit(x, filters: int, name: str):
     """BN(conv3x3(ReLU(x))) + x."""
-    y = tf_keras.layers.ReLU(name=f"{name}_relu")(x)
-    return tf_keras.layers.Add(name=f"{name}_add")([conv_bn(y, filters, 3, name=name), x])
+    return tf_keras.layers.Add(name=f"{name}_add")([relu_conv_bn(x, filters, name=name), x])
 
 
 def _transition(x, filters: int, name: str):

@@ -40,10 +40,8 @@ class Augmentation:
         if shift is None:
             shift = 1 if side <= 16 else 2 if side < 32 else max(4, side // 16)
         elif not 0 <= shift < side:
-            raise ValueError(
-                f"a shift of {shift} pixels does not suit images of {image_shape[0]}x"
-                f"{image_shape[1]}; give 0 to {side - 1}"
-            )
+            size = f"{image_shape[0]}x{image_shape[1]}"
+            raise ValueError(f"its images are {size}; give a shift of 0 to {side - 1} pixels")
         if flip is None:
             words = all(len(name) > 1 and not name.isdigit() for name in class_names)
             flip = image_shape[2] >= 3 and bool(class_names) and words

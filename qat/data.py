@@ -196,24 +196,28 @@ def load(
     `data_dir` and `image_size` as in `tfds_images.open_dataset`. `augment=True` takes
     `Augmentation.for_image`, with `shift` and `flip` where given. `cache` keeps each split of up to
     500 MB (uint8) in memory. Raises DataError, with one line, for whatever keeps the dataset from
-    being used.
+    being used, and ValueError for a shift or flip beside another `augment`.
     """
     source = open_dataset(name, data_dir=data_dir, image_size=image_size)
     spec, splits = _read_splits(source, source.choose_splits(), cache)
-    augmentation = augment if isinstance(augment, Augmentation) else None
-    if augment is True:
-        augmentation = _suiting(spec, shift, flip)
+    augmentation = _chosen(augment, spec, shift, flip)
     logging.info("Dataset %s, augmentation %s", spec, augmentation)
     return ImageData(
         spec=spec, batch_size=batch_size, seed=seed, augmentation=augmentation, splits=splits
     )
 
 
-def _suiting(spec: DatasetSpec, shift: int | None, flip: bool | None) -> Augmentation:
+def _chosen(
+    augment: bool | Augmentation, spec: DatasetSpec, shift: int | None, flip: bool | None
+) -> Augmentation | None:
+    if augment is not True:
+        if (shift, flip) != (None, None):
+            raise ValueError(f"shift and flip go with augment=True, not with augment={augment}")
+        return augment or None
     try:
         return Augmentation.for_image(spec.image_shape, spec.class_names, shift=shift, flip=flip)
     except ValueError as error:
-        raise DataError(f"dataset {spec.name!r}: {error}") from error
+        raise DataError(f"dataset {spec.name!r}, --augment_shift={shift}: {error}") from error
 
 
 def evaluation_split(

@@ -63,6 +63,8 @@ def run(job: QuantizeJob) -> dict[str, Any]:
     """
     if (job.dataset is None) == (job.calibration_data is None):
         raise UserError("give either --dataset=NAME (TFDS) or --calibration_data=FILE.npz")
+    if job.dataset is None and (job.augment_shift, job.augment_flip) != (None, None):
+        raise UserError("--augment_shift and --augment_flip need --dataset; leave them out here")
     with tf_keras.utils.custom_object_scope(dict(job.custom_objects)):
         return run_in_folder(job, QuantizeRun)
 
@@ -128,13 +130,7 @@ class QuantizeRun(QatRun):
             )
         size = tuple(model.inputs[0].shape[1:3])
         images = qat_data.load(
-            job.dataset,
-            data_dir=job.data_dir,
-            batch_size=job.batch_size,
-            image_size=None if None in size else size,
-            seed=job.seed,
-            shift=job.augment_shift,
-            flip=job.augment_flip,
+            job.dataset, image_size=None if None in size else size, **job.image_options()
         )
         self.input_range = job.input_range or PIXEL_RANGE
         self.float_model = _with_fixed_inputs(model, [images.spec.image_shape[:2]])
@@ -144,10 +140,6 @@ class QuantizeRun(QatRun):
 
     def _take_arrays(self, model: tf_keras.Model) -> None:
         job, flag = self.job, "--calibration_data"
-        if job.augment_shift is not None or job.augment_flip is not None:
-            raise UserError(
-                f"--augment_shift and --augment_flip go with --dataset, not with {flag}"
-            )
         data = load_arrays(
             job.calibration_data, model, batch_size=job.batch_size, seed=job.seed, flag=flag
         )

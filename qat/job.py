@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import tensorflow as tf
 
@@ -47,6 +48,16 @@ class QatJob:
     def flags(self) -> dict[str, str]:
         """All that the trained weights depend on, by the names of the program's flags."""
         return {name: str(value) for name, value in vars(self).items() if name not in _FREE}
+
+    def image_options(self) -> dict[str, Any]:
+        """What `qat.data.load` is told beside the dataset's name."""
+        return {
+            "data_dir": self.data_dir,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shift": self.augment_shift,
+            "flip": self.augment_flip,
+        }
 
     def qat_settings(self) -> TrainSettings:
         """How the quantized model is trained."""

@@ -50,14 +50,7 @@ class TrainRun(QatRun):
 
     def prepare(self) -> None:
         job = self.job
-        self.data = qat_data.load(
-            job.dataset,
-            data_dir=job.data_dir,
-            batch_size=job.batch_size,
-            seed=job.seed,
-            shift=job.augment_shift,
-            flip=job.augment_flip,
-        )
+        self.data = qat_data.load(job.dataset, **job.image_options())
         with job.strategy.scope():
             self.float_model, self.float_is_trained = self.first_float_model()
         self.model = job.model if job.float_model is None else job.float_model

@@ -416,6 +416,8 @@ def test_training_data_stay_integers_and_choose_their_augmentation(data_dir):
     assert plain(data_dir, augment=own).augmentation == own
     assert plain(data_dir, shift=0).augmentation == data.Augmentation(shift=0, flip=True)
     assert plain(data_dir, flip=False).augmentation == data.Augmentation(shift=2, flip=False)
+    with pytest.raises(ValueError, match="go with augment=True"):
+        plain(data_dir, augment=own, flip=True)
     images, _ = arrays(plain(data_dir).train)
     np.testing.assert_array_equal(images, np.round(images))
     assert images.min() == 0 and images.max() == 255

@@ -72,7 +72,10 @@ TRAIN_CALLS = {
         "learning_rate inf",
     ),
     "shift below 0": ("--output_dir=new --augment_shift=-1", "augment_shift -1"),
-    "shift of a whole image": ("--output_dir=new --augment_shift=8", "shift 8 digits 8x8 give 0 7"),
+    "shift of a whole image": (
+        "--output_dir=new --augment_shift=8",
+        "--augment_shift=8 digits 8x8 0 7",
+    ),
     "seed below 0": ("--output_dir=new --seed=-1", "seed -1"),
     "seed above 32 bits": ("--output_dir=new --seed=4294967296", "seed 4294967296"),
     "checkpoint_steps 0": ("--output_dir=new --checkpoint_steps=0", "checkpoint_steps 0"),
@@ -131,7 +134,7 @@ QUANTIZE_CALLS = {
     ),
     "arrays mirrored": (
         "--model_path=float.keras --calibration_data=good.npz --noaugment_flip",
-        "augment_flip --dataset --calibration_data",
+        "--augment_flip --dataset",
     ),
     "unknown dataset": ("--model_path=float.keras --dataset=digitz", "'digitz' digits"),
     "dataset of other classes": ("--model_path=seven.keras --dataset=digits", "7 10 digits"),

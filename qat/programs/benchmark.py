@@ -15,7 +15,8 @@ chooses some. --suite=step_time takes steps of float, ours and TFMOT in turns, a
 The output folder keeps each finished run: the same command goes on where it was cut off, and the
 same command in several processes at once shares the runs out among them. Tune with
 --split=validation; read test once. A recipe may carry settings of its own, which are then part of
-its name: --recipes="w2a2,w2a2:distill=false;learning_rate=0.001".
+its name: --recipes="w2a2,w2a2:distill=false;learning_rate=0.001"; one with commas stands in double
+quotes: --recipes='w2a2,"w2a2:gradual_bits=[[4,0.34]]"'.
 """
 
 from __future__ import annotations
