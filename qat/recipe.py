@@ -51,7 +51,8 @@ METHODS: dict[str, Method] = {
 # The best known method for a width; BUILD_NOTES has the evidence.
 BEST_FOR_WEIGHTS: dict[int | str, str] = {
     **dict.fromkeys(WEIGHT_BITS, "minmax"),
-    **dict.fromkeys((TERNARY, 2, 3, 4), "lsq"),
+    **dict.fromkeys((2, 3, 4), "lsq"),
+    TERNARY: "twn",
     1: "binary",
 }
 BEST_FOR_ACTIVATIONS: dict[int, str] = {

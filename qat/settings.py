@@ -89,12 +89,18 @@ RECOMMENDED: dict[str, TrainSettings] = {
         weight_decay=1e-3,
         reestimate_batch_norm=50,
     ),
-    "ternary, 2 and 3 bits": TrainSettings(
+    "2 and 3 bits": TrainSettings(
         epochs_factor=2,
         learning_rate=4e-3,
         weight_decay=5e-4,
         distill=True,
         distill_weight=0.5,
+        reestimate_batch_norm=50,
+    ),
+    "ternary": TrainSettings(
+        epochs_factor=2,
+        learning_rate=4e-3,
+        weight_decay=5e-4,
         reestimate_batch_norm=50,
     ),
     # A sign in the network has to be learned anew, not fine-tuned.
@@ -109,7 +115,12 @@ RECOMMENDED: dict[str, TrainSettings] = {
 
 
 # The first steps at a young model's rate cost a converged one more than rounding does.
-CONVERGED_LEARNING_RATE = {"8 bits": 1e-4, "4 to 7 bits": 5e-4, "ternary, 2 and 3 bits": 2e-3}
+CONVERGED_LEARNING_RATE = {
+    "8 bits": 1e-4,
+    "4 to 7 bits": 5e-4,
+    "2 and 3 bits": 2e-3,
+    "ternary": 2e-3,
+}
 
 
 def recommended(recipe: str | Recipe, *, converged: bool = False) -> TrainSettings:
@@ -134,10 +145,10 @@ def width_class(recipe: Recipe) -> str:
     # A ternary kernel has more levels than a binary one, and one less than 2 bits.
     widths = [1.5 if spec.bits == TERNARY else spec.bits for spec in specs if spec is not None]
     narrowest = min(widths, default=8)
-    if narrowest == 1:
-        return "binary"
+    if narrowest < 2:
+        return "binary" if narrowest == 1 else "ternary"
     if narrowest < 4:
-        return "ternary, 2 and 3 bits"
+        return "2 and 3 bits"
     return "4 to 7 bits" if narrowest < 8 else "8 bits"
 
 

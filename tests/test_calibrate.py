@@ -138,7 +138,7 @@ def test_mse_is_no_worse_than_minmax_on_every_tensor(fresh, data, unrounded, rec
         assert errors["relu_fake_quantize"][1] < 0.7 * errors["relu_fake_quantize"][0]
 
 
-@pytest.mark.parametrize("recipe", ["w4a8", "wta8", "w2a8", "w8a8-lsq"])
+@pytest.mark.parametrize("recipe", ["w4a8", "wta8-lsq", "w2a8", "w8a8-lsq"])
 def test_kernels_get_their_channels_bounds(fresh, data, recipe):
     model = fresh(recipe)
     kernel, quantizer, weights = model.get_layer("quant_conv2")._weight_vars[0]

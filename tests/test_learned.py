@@ -204,7 +204,7 @@ def assert_same_model(model, restored):
     assert kinds[0] == kinds[1]
 
 
-@pytest.mark.parametrize("name", ["w4a4-lsqplus", "wta3-pact"])
+@pytest.mark.parametrize("name", ["w4a4-lsqplus", "w3a3-pact"])
 def test_models_are_saved_bit_for_bit(name, tmp_path):
     eight_too = small_models.everywhere(name)
     model = small_models.quantized(small_models.model_of(network, IMAGE), eight_too)

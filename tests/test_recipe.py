@@ -24,7 +24,7 @@ A4 = TensorSpec(bits=4).resolved("activations")
 EIGHT = TensorSpec().resolved("weights")
 WEIGHTS = (1, "t", 2, 3, 4, 5, 6, 7, 8)
 ACTIVATIONS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
-BEST_WEIGHTS = {1: "binary", "t": "lsq", 2: "lsq", 3: "lsq", 4: "lsq"}  # else min-max
+BEST_WEIGHTS = {1: "binary", "t": "twn", 2: "lsq", 3: "lsq", 4: "lsq"}  # else min-max
 BEST_ACTIVATIONS = {1: "binary", 8: "minmax", 16: "minmax"}  # else LSQ
 
 
@@ -138,9 +138,13 @@ def test_minmax_is_the_best_from_eight_bits_up(name):
     assert made.rules == Recipe.from_name(name).rules
 
 
-@pytest.mark.parametrize("name", ["w4a4", "w2a2", "wta3"])
+@pytest.mark.parametrize("name", ["w4a4", "w2a2", "w3a3"])
 def test_lsq_is_the_best_below(name):
     assert Recipe.from_name(f"{name}-lsq").rules == Recipe.from_name(name).rules
+
+
+def test_twn_is_the_best_for_ternary_kernels():
+    assert Recipe.from_name("wta8-twn").rules == Recipe.from_name("wta8").rules
 
 
 def test_w1a1_is_binary_by_any_name():

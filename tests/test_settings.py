@@ -23,10 +23,13 @@ from qat.train import TrainConfig, _scheduled
         ("w8a5", "4 to 7 bits"),
         ("w4a16", "4 to 7 bits"),
         ("w4a4-minmax", "4 to 7 bits"),
-        ("w3a8", "ternary, 2 and 3 bits"),
-        ("wta8", "ternary, 2 and 3 bits"),
-        ("w8a2", "ternary, 2 and 3 bits"),
-        ("w2a4", "ternary, 2 and 3 bits"),
+        ("w3a8", "2 and 3 bits"),
+        ("wta8", "ternary"),
+        ("wta4", "ternary"),
+        ("wta2", "ternary"),
+        ("wta1", "binary"),
+        ("w8a2", "2 and 3 bits"),
+        ("w2a4", "2 and 3 bits"),
         ("w1a1", "binary"),
         ("w8a1", "binary"),
         ("w1a8", "binary"),
@@ -53,7 +56,7 @@ def test_rules_count_and_float_layers_do_not():
     narrow = Rule(layer="conv2", weights=TensorSpec(bits=2))
     kept = Rule(layer="head", keep_float="regression")
     assert width_class(Recipe(name="own", rules=(kept, rest))) == "8 bits"
-    assert width_class(Recipe(name="own", rules=(narrow, kept, rest))) == "ternary, 2 and 3 bits"
+    assert width_class(Recipe(name="own", rules=(narrow, kept, rest))) == "2 and 3 bits"
 
 
 def test_an_unknown_recipe_is_an_error():
