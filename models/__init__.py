@@ -18,6 +18,7 @@ from models import (
     mobilenet_v1,
     mobilenet_v2,
     quicknet,
+    reactnet,
     resnet20,
     resnet32,
     resnet56,
@@ -36,6 +37,7 @@ _ARCHITECTURES = {
     "binarynet": binarynet,
     "birealnet": birealnet,
     "quicknet": quicknet,
+    "reactnet": reactnet,
 }
 MODELS: tuple[str, ...] = tuple(_ARCHITECTURES)
 

@@ -11,6 +11,8 @@ import pytest
 import tf_keras
 
 import models
+import qat
+from qat.reactnet import LearnedSlope
 
 SHAPES = ((8, 8, 1), (28, 28, 1), (33, 47, 3))
 # resnet32 and resnet56 share resnet20's module.
@@ -112,6 +114,8 @@ def test_spatial_sizes_follow_the_stride_policy():
     assert first_and_last("birealnet", (33, 47, 3)) == ((33, 47), (9, 12))
     assert first_and_last("quicknet", (28, 28, 1)) == ((28, 28), (7, 7))
     assert first_and_last("quicknet", (65, 96, 3)) == ((33, 48), (9, 12))
+    assert first_and_last("reactnet", (28, 28, 1)) == ((28, 28), (7, 7))
+    assert first_and_last("reactnet", (65, 96, 3)) == ((33, 48), (9, 12))
 
 
 @pytest.mark.parametrize(("name", "count"), [("birealnet", 12), ("quicknet", 5)])
@@ -125,6 +129,23 @@ def test_every_binary_convolution_has_its_own_relu_and_shortcut(name, count):
         assert main is model.get_layer(f"{layer.name}_bn").output
         if layer.strides == (1, 1):  # the identity shortcut starts in front of the ReLU
             assert shortcut is model.get_layer(f"{layer.name}_relu").input
+
+
+def test_reactnets_shortcuts_carry_what_its_relus_give():
+    model = built("reactnet", (28, 28, 1), 10)
+    convolutions = [x for x in model.layers if re.fullmatch(r"stage\d_conv\d", x.name)]
+    assert len(convolutions) == 5
+    for layer in convolutions:
+        add = model.get_layer(f"{layer.name}_add")
+        main, shortcut = add.input
+        assert main is model.get_layer(f"{layer.name}_bn").output and shortcut is layer.input
+        assert model.get_layer(f"{layer.name}_relu").input is add.output
+    eight = qat.TensorSpec(bits=8)
+    real = [qat.Rule(layer=x, weights=eight, activations=eight) for x in ("stem_*", "transition*")]
+    recipe = qat.Recipe.from_name("w1a1-reactnet").with_rules(*real)
+    quantized = qat.quantize_model(model, recipe)
+    slopes = [x for x in quantized.layers if isinstance(x, LearnedSlope)]
+    assert len(slopes) == 5  # each ReLU in front of a 3x3 convolution
 
 
 @pytest.mark.parametrize("name", WITH_WIDTH)
