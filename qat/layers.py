@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from qat.prelu import early_weight, prelu
 from qat.quantizers import GridQuantizer, LastValueQuantizer
 
 # Less than half the distance of two averages of up to 2,000 codes, more than float32 gets wrong.
@@ -47,10 +48,11 @@ class QuantizedPReLU(tf_keras.layers.PReLU):
     def build(self, input_shape):
         super().build(input_shape)
         self.quantizer = LastValueQuantizer(num_bits=8, symmetric=True)
+        self.early = early_weight(self)
 
     def call(self, inputs):
         slope = self.quantizer(tf.convert_to_tensor(self.alpha), False, {})
-        return tf.where(inputs >= 0, inputs, tf.cast(slope, inputs.dtype) * inputs)
+        return prelu(inputs, slope, self.early)
 
     @classmethod
     def made_of(cls, layer: tf_keras.layers.PReLU) -> QuantizedPReLU:
@@ -58,7 +60,7 @@ class QuantizedPReLU(tf_keras.layers.PReLU):
         made = cls.from_config(layer.get_config())
         made.trainable = layer.trainable
         made.build(layer.input_shape)
-        made.set_weights(layer.get_weights())
+        made.alpha.assign(layer.alpha)
         return made
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from qat.prelu import early_weight, prelu
 from qat.quantizers import BinaryActivationQuantizer, LastValueQuantizer
 
 METHOD = "reactnet"
@@ -106,11 +107,12 @@ class LearnedSlope(tf_keras.layers.Layer):
 
     def build(self, input_shape):
         self.slope = _per_channel(self, "slope", input_shape, FIRST_SLOPE)
+        self.early = early_weight(self)
         super().build(input_shape)
 
     def call(self, inputs):
         slope = self.quantizer(tf.convert_to_tensor(self.slope), False, {})
-        return tf.where(inputs >= 0, inputs, tf.cast(slope, inputs.dtype) * inputs)
+        return prelu(inputs, slope, self.early)
 
     def compute_output_shape(self, input_shape):
         return input_shape

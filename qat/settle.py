@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,28 +14,18 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
 from qat.export.containers import Container, kernel_container, require_weight_storage
-from qat.export.lower_linear import OPERATORS, affine_of
+from qat.export.lower_linear import AFFINE_CODE, OPERATORS, affine_of
+from qat.export.lower_reactnet import slopes
 from qat.export.target import Target, find_target
 from qat.grid import Grid
-from qat.layers import FakeQuantize, ReplacedBySign
+from qat.layers import FakeQuantize, QuantizedPReLU
+from qat.neighbours import Output, grid_of, output_of, source_of
 from qat.operator_layers import Affine, ChannelScale
 from qat.quantizers import BinaryActivationQuantizer, GridQuantizer
-from qat.ties import LARGEST_BIAS, away_from_ties, early, from_lowest
+from qat.reactnet import LearnedShift, LearnedSlope
+from qat.ties import LARGEST_BIAS, away_from_ties, early, from_lowest, second_rounding
 
 layers = tf_keras.layers
-# What may stand between a kernel and the quantizer of its operator's output.
-_FUSED = (
-    Affine,
-    ChannelScale,
-    layers.Activation,
-    layers.BatchNormalization,
-    layers.Concatenate,
-    layers.Dropout,
-    layers.Maximum,
-    layers.Minimum,
-    layers.ReLU,
-    ReplacedBySign,
-)
 
 
 def settle_biases(
@@ -50,10 +39,11 @@ def settle_biases(
     the batch norm's beta (else the layer's own bias) changes by at most S / 2. Convolutions with
     packed kernels, and all of target tflm, reach 8-bit codes up to S early: the model's bias is
     that much above the file's (`qat.ties.early`). In a file of another storage or target biases are
-    up to S / 2 off. A layer with
-    neither bias nor beta has nothing to settle. Biases of 1-bit kernels that read signs move up to
-    63 S farther, less than 1/8 of an output step, to where all of LiteRT's kernels round all sums
-    alike (`qat.ties.away_from_ties`). Call it when training is over; a second call changes nothing.
+    up to S / 2 off. A layer with neither bias nor beta has nothing to settle. Biases of 1-bit
+    kernels that read signs move up to 63 S farther, less than 1/8 of an output step, to where all
+    of LiteRT's kernels round all sums alike (`qat.ties.away_from_ties`). RPReLU's shifts are biases
+    too; PRELU's kernel rounds twice, which its slopes learn here (`qat.prelu`). Call it when
+    training is over; a second call changes nothing.
 
     Args:
         model: quantized and calibrated; changed in place.
@@ -71,60 +61,20 @@ def settle_biases(
     readers = consumers(model)
     producer = {id(call.output): call for call in calls(model)}
     for call in calls(model):
-        if isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars:
-            source, gain = _source(call.inputs[0], producer)
-            following = readers[id(call.output)]
-            alone = len(following) == 1 and following[0] is not None
-            if source is not None:
-                reader = following[0].layer if alone else None
-                _settle(call, reader, source, gain, _output(call, readers), storage)
+        wrapped = isinstance(call.layer, QuantizeWrapper) and call.layer._weight_vars
+        pieces = isinstance(call.layer, LearnedShift | LearnedSlope | QuantizedPReLU)
+        source, gain = source_of(call.inputs[0], producer) if wrapped or pieces else (None, 1.0)
+        if source is None:
+            continue
+        following, output = readers[id(call.output)], output_of(call, readers)
+        alone = len(following) == 1 and following[0] is not None
+        if wrapped:
+            reader = following[0].layer if alone else None
+            _settle(call, reader, source, gain, output, storage)
+        elif output is not None:
+            step = gain * float(grid_of(source.quantizer, source.quantizer_weights).scale)
+            _settle_piece(call.layer, step, output, storage)
     return model
-
-
-def _source(tensor: Any, producer: dict[int, Call]) -> tuple[FakeQuantize | None, float]:
-    """Whose grid a kernel reads, and the product of the Rescalings between; None in float."""
-    gain = 1.0
-    while id(tensor) in producer:
-        call = producer[id(tensor)]
-        if isinstance(call.layer, FakeQuantize):
-            return call.layer, gain
-        if isinstance(call.layer, layers.Rescaling):
-            gain *= float(call.layer.scale)
-        elif configs.kernels(getattr(call.layer, "layer", call.layer)):
-            return None, gain
-        tensor = call.inputs[0]
-    return None, gain
-
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """The grid of an operator's output, and whether a ReLU is fused in."""
-
-    grid: Grid
-    rectified: bool
-
-
-def _output(call: Call, readers: dict[int, list[Call | None]]) -> _Output | None:
-    """Of the operator that the call is a part of; None in float."""
-    if call.layer._output_quantizers:  # the layer's own config has one
-        (quantizer,), weights = call.layer._output_quantizers, call.layer._output_quantizer_vars
-        activation = call.layer.layer.activation
-        return _Output(_grid(quantizer, weights), activation is not tf_keras.activations.linear)
-    following, rectified = readers[id(call.output)], False
-    while len(following) == 1 and following[0] is not None:
-        layer = following[0].layer
-        if isinstance(layer, FakeQuantize):
-            return _Output(_grid(layer.quantizer, layer.quantizer_weights), rectified)
-        if not isinstance(layer, _FUSED):
-            return None
-        rectified |= isinstance(layer, layers.Activation | layers.ReLU)
-        following = readers[id(following[0].output)]
-    return None
-
-
-def _grid(quantizer: GridQuantizer, weights: dict[str, Any]) -> Grid:
-    with tf.device("/CPU:0"):
-        return quantizer.grid(weights).numpy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +92,7 @@ def _settle(
     reader: layers.Layer | None,
     source: FakeQuantize,
     gain: float,
-    output: _Output | None,
+    output: Output | None,
     storage: _Storage,
 ) -> None:
     layer = call.layer.layer
@@ -162,17 +112,50 @@ def _settle(
     step = np.broadcast_to(scale, shape).reshape(-1) * np.abs(multiplier)
     step = (
         step
-        * float(_grid(source.quantizer, source.quantizer_weights).scale)
+        * float(grid_of(source.quantizer, source.quantizer_weights).scale)
         * gain
         / container.finer
     )
+    twice = container.rounds_twice(operator, storage.target)
+    sums = _sums(layer, codes, source, container.finer)
+    _settle_bias(variable, factor, rest, step, output, twice=twice, sums=sums)
+
+
+def _settle_bias(
+    variable: tf.Variable,
+    factor: np.ndarray | float,
+    rest: np.ndarray | float,
+    step: np.ndarray,
+    output: Output | None,
+    *,
+    twice: bool,
+    sums: np.ndarray | None = None,
+) -> None:
+    """Settles `factor · variable + rest`, the bias of an operator whose sums have these steps."""
     written, ahead = None if output is None else output.grid, np.zeros_like(step)
-    if output is not None and container.rounds_twice(operator, storage.target):
+    if output is not None and twice:
         written = output.grid if output.rectified else from_lowest(step, output.grid)
         ahead = early(step, written, rectified=output.rectified)
         rest = rest + float(output.grid.zero_point - written.zero_point) * float(written.scale)
-    sums = _sums(layer, codes, source, container.finer)
     _round(variable, factor, rest, step, ahead, sums, written)
+
+
+def _settle_piece(
+    layer: LearnedShift | LearnedSlope | QuantizedPReLU,
+    step: float,
+    output: Output,
+    storage: _Storage,
+) -> None:
+    """Of RPReLU and PReLU: a shift as a bias, `early` of a slope; step: of the tensor it reads."""
+    if not isinstance(layer, LearnedShift):
+        with tf.device("/CPU:0"):
+            value = tf.convert_to_tensor(getattr(layer, slopes(layer)))
+            scale = float(layer.quantizer.grid({}, value).numpy().scale)
+        layer.early.assign(second_rounding(step * scale, float(output.grid.scale)))
+        return
+    twice = Container("int8", "int8").rounds_twice("DEPTHWISE_CONV_2D", storage.target)
+    step = np.full(layer.shift.shape, step / AFFINE_CODE)
+    _settle_bias(layer.shift, 1.0, 0.0, step, output, twice=twice)
 
 
 def _settled(layer: layers.Layer, reader: layers.Layer | None) -> tuple | None:
@@ -197,7 +180,7 @@ def _container(
     layer: layers.Layer,
     quantizer: GridQuantizer,
     codes: np.ndarray,
-    output: _Output | None,
+    output: Output | None,
     storage: _Storage,
 ) -> Container:
     """What holds the kernel in the file; without an output grid its operator computes in float."""

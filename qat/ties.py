@@ -80,6 +80,15 @@ def early(step: np.ndarray, grid: Grid, *, rectified: bool = False) -> np.ndarra
     return np.where((exponent < 0) & (fraction > 0), 0.5 / np.maximum(fraction, 0.5), 0.0)
 
 
+def second_rounding(step: np.ndarray, output_step: float) -> np.ndarray:
+    """q / 2 in real numbers: how far from 0 a kernel that rounds twice reaches every code early.
+
+    0 for M >= 1/2. Args as `early`'s; output_step: the output's scale.
+    """
+    _, exponent = np.frexp(step / output_step)
+    return np.where(exponent < 0, np.ldexp(0.5, exponent) * output_step, 0.0)
+
+
 def away_from_ties(
     bias: np.ndarray, multiplier: np.ndarray, sums: np.ndarray, grid: Grid
 ) -> np.ndarray:

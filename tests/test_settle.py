@@ -115,3 +115,33 @@ def test_all_kernels_round_the_sums_of_signs_as_training_does(binary, kernels, t
     for file, keras in zip(run_file(path, x, kernels), run_model(binary, x), strict=True):
         assert len(np.unique(keras)) > 50
         np.testing.assert_allclose(file, keras, rtol=0, atol=1e-3 * np.abs(keras).max())
+
+
+@pytest.fixture(scope="module")
+def slopes():
+    """PReLU alone, on all codes of its input's grid; slopes of both signs, above 1 and 0."""
+    alpha = np.float32([0.25, -0.3, 0.9, 1.0, -0.011, 0.0, 0.6, -0.77, 0.123, 0.05])
+    initial = tf_keras.initializers.Constant(alpha)
+    build = layers.PReLU(shared_axes=[1, 2], alpha_initializer=initial, name="it")
+    model = model_of(build, (16, 16, alpha.size))
+    model.get_layer("it").alpha.assign(alpha.reshape(1, 1, -1))
+    reals = np.linspace(-1, 1, 256, dtype=np.float32).reshape(1, 16, 16, 1)
+    data = [np.repeat(reals, alpha.size, axis=-1)]
+    return quantized(model, "w8a8", data), data
+
+
+@pytest.mark.parametrize("kernels", ["default", "optimized", "reference"])
+def test_settled_slopes_make_up_for_prelus_second_rounding(slopes, kernels, tmp_path):
+    model, data = slopes
+    path = qat.export_tflite(model, tmp_path / "slopes.tflite")
+    (file,) = run_file(path, data, kernels)
+
+    def differing():
+        return np.count_nonzero(np.abs(file - run_model(model, data)[0]) > 1e-6)
+
+    layer = next(each for each in model.layers if type(each).__name__ == "QuantizedPReLU")
+    layer.early.assign(0.0)
+    before = differing()
+    qat.settle_biases(model)
+    assert before > 0 == differing()
+    assert qat.export_tflite(model, path).read_bytes() == path.read_bytes()

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Every one of these may import those above it, and nothing else of qat.
 ORDER = [
     {"deep", "errors"},
-    {"ste", "grid", "histogram", "recipe", "float_only"},
+    {"ste", "grid", "histogram", "recipe", "float_only", "prelu"},
     {"ranges"},
     {"quantizers"},
     {"operator_layers", "reactnet"},

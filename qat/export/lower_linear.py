@@ -16,6 +16,7 @@ from qat.export.linear import Linear
 from qat.operator_layers import Affine, ChannelScale
 
 layers = tf_keras.layers
+AFFINE_CODE = 127  # of kernels of one multiplier a channel: biases are as fine as int8 allows
 OPERATORS = {
     layers.Conv1D: "CONV_2D",
     layers.Conv2D: "CONV_2D",
@@ -265,7 +266,7 @@ def lower_affine(
         made.depthMultiplier = 1
         return made
 
-    kernel = 127 * np.sign(multiplier) if integer else multiplier
+    kernel = AFFINE_CODE * np.sign(multiplier) if integer else multiplier
     return Linear(
         name=name,
         x=builder.reshape(x, image, f"{name}/image"),
@@ -273,7 +274,7 @@ def lower_affine(
         operator="DEPTHWISE_CONV_2D",
         kernel=kernel.reshape(1, 1, 1, channels),
         channel_axis=3,
-        scale=np.abs(multiplier) / 127 if integer else None,
+        scale=np.abs(multiplier) / AFFINE_CODE if integer else None,
         bits=8,
         bias=np.broadcast_to(offset, [channels]).astype(float),
         options=options,
