@@ -134,6 +134,7 @@ def slopes():
 def test_settled_slopes_make_up_for_prelus_second_rounding(slopes, kernels, tmp_path):
     model, data = slopes
     path = qat.export_tflite(model, tmp_path / "slopes.tflite")
+    written = path.read_bytes()
     (file,) = run_file(path, data, kernels)
 
     def differing():
@@ -144,4 +145,4 @@ def test_settled_slopes_make_up_for_prelus_second_rounding(slopes, kernels, tmp_
     before = differing()
     qat.settle_biases(model)
     assert before > 0 == differing()
-    assert qat.export_tflite(model, path).read_bytes() == path.read_bytes()
+    assert qat.export_tflite(model, path).read_bytes() == written
