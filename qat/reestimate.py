@@ -23,7 +23,8 @@ def reestimate_batch_norm(
 ) -> tf_keras.Model:
     """Replaces the moving statistics of every batch normalization by averages over batches.
 
-    `μ = mean over batches of the batch's mean`, likewise σ². The moving averages of training lag
+    `μ = mean over batches of the batch's mean`, likewise σ²; of a layer that is called several
+    times, over its calls too. The moving averages of training lag
     behind weights whose integers flip at every step; below 4 bits that costs whole points
     (arXiv 2203.11086, section 3.2). Kernels, ranges and layers that are not trainable stay as they
     are. Batches are seen as in training: each batch normalization normalizes with the batch's own
@@ -56,26 +57,32 @@ def measure_batch_norm(
     if not norms:
         return
 
-    def in_training(call: Call, args: tuple, kwargs: dict) -> Any:
-        if isinstance(_inner(call), BatchNormalization):
-            return call.layer(*args, **{**kwargs, "training": _is_measured(call)})
-        return visit(call, args, kwargs)
-
     @traced_if_repeated(reduce_retracing=True)
     def probe(inputs):
-        return forward(network, inputs, in_training)
+        seen: dict[int, list[tf.Tensor]] = {id(norm): [] for norm in norms}
 
-    sums, count = [0.0] * 2 * len(norms), 0
+        def in_training(call: Call, args: tuple, kwargs: dict) -> Any:
+            norm = _inner(call)
+            if not isinstance(norm, BatchNormalization):
+                return visit(call, args, kwargs)
+            outputs = call.layer(*args, **{**kwargs, "training": _is_measured(call)})
+            if _is_measured(call):  # at once: the layer's next call overwrites them
+                seen[id(norm)].append(tf.stack([norm.moving_mean, norm.moving_variance]))
+            return outputs
+
+        forward(network, inputs, in_training)
+        return [tf.reduce_mean(tf.cast(tf.stack(each), tf.float64), 0) for each in seen.values()]
+
+    sums, count = [0.0] * len(norms), 0
     with _measuring(norms):
         for inputs in input_batches(network, dataset, steps):
-            probe(inputs)
-            sums = [a + b for a, b in zip(sums, _statistics(norms), strict=True)]
+            sums = [a + b.numpy() for a, b in zip(sums, probe(inputs), strict=True)]
             count += 1
     _require_finite(norms, sums)
-    means = iter(sums)
-    for norm in norms:
-        norm.moving_mean.assign((next(means) / count).astype(np.float32))
-        norm.moving_variance.assign((next(means) / count).astype(np.float32))
+    for norm, total in zip(norms, sums, strict=True):
+        mean, variance = (total / count).astype(np.float32)
+        norm.moving_mean.assign(mean)
+        norm.moving_variance.assign(variance)
 
 
 def _require_flat(network: tf_keras.Model) -> None:
@@ -96,15 +103,11 @@ def _is_measured(call: Call) -> bool:
     return isinstance(_inner(call), BatchNormalization) and _inner(call).trainable
 
 
-def _statistics(norms: list[BatchNormalization]) -> list[np.ndarray]:
-    return [np.float64(v) for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
-
-
 def _require_finite(norms: list[BatchNormalization], sums: list[np.ndarray]) -> None:
-    for index, values in enumerate(sums):
+    for norm, values in zip(norms, sums, strict=True):
         if not np.isfinite(values).all():
             raise ModelError(
-                f"layer {norms[index // 2].name!r} gets NaN or infinite values, though the data "
+                f"layer {norm.name!r} gets NaN or infinite values, though the data "
                 "has none; look at the weights of the layers before it"
             )
 

@@ -46,6 +46,24 @@ def test_statistics_are_averages_over_batches(model):
     assert norm.momentum == 0.99
 
 
+def test_a_layer_called_twice_has_the_statistics_of_both_calls():
+    """Each call overwrites the moving statistics of the one before."""
+    norm = layers.BatchNormalization(name="norm", center=False, scale=False)
+    inputs = [tf_keras.Input((6, 6, 2)) for _ in range(2)]
+    model = tf_keras.Model(inputs, layers.Add()([norm(x) for x in inputs]))
+    rng = np.random.default_rng(0)
+    pair = [rng.normal(m, s, (32, 6, 6, 2)).astype(np.float32) for m, s in ((0, 1), (8, 3))]
+    model = qat.calibrate(qat.quantize_model(model, "w8a8"), batches(pair, 16))
+    qat.reestimate_batch_norm(model, batches(pair, 16))
+    halves = [x[i : i + 16].astype(np.float64) for x in pair for i in (0, 16)]
+    size = halves[0][..., 0].size
+    norm = model.get_layer("norm")
+    mean = np.mean([half.mean((0, 1, 2)) for half in halves], axis=0)
+    variance = np.mean([half.var((0, 1, 2)) for half in halves], axis=0) * size / (size - 1)
+    np.testing.assert_allclose(norm.moving_mean, mean, atol=0.05)  # of 8-bit inputs
+    np.testing.assert_allclose(norm.moving_variance, variance, rtol=0.02)
+
+
 def test_steps_limit_the_batches(model):
     (x,) = data_for(model, 32, seed=4)
     qat.reestimate_batch_norm(model, batches([x], 16), steps=1)
