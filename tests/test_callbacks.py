@@ -25,6 +25,7 @@ from stripes import (
 import qat
 from qat import callbacks
 from qat.callbacks.scheduled import cosine
+from qat.grid import SMALLEST_SCALE
 
 layers = tf_keras.layers
 
@@ -378,6 +379,20 @@ def test_widths_fall_to_the_recipes(method):
     for name, (quantizer, _) in quantizers.items():
         if kappa[name] is not None:
             assert quantizer.gradient_scale == pytest.approx(kappa[name], rel=1e-12)
+
+
+def test_channels_of_zeros_are_still_to_be_found_at_another_width():
+    model = compiled(same_model("w2a2"), 0.0, run_eagerly=True)
+    (quantizer, variables) = kernel_of(model, "conv")[1:]
+    unit, kernel = variables["unit"].numpy(), kernel_of(model, "conv")[0].numpy()
+    unit[..., 0], kernel[..., 0] = SMALLEST_SCALE, 0
+    variables["unit"].assign(unit)
+    kernel_of(model, "conv")[0].assign(kernel)
+    fit(model, callbacks.GradualBits(STAGES))
+    quantizer(tf.ones_like(kernel), True, variables)
+    found = variables["unit"].numpy().ravel()
+    assert found[0] > 0.1
+    np.testing.assert_allclose(found[1:], unit.ravel()[1:], rtol=1e-6)
 
 
 def test_the_gradient_scale_follows_the_width():

@@ -561,6 +561,37 @@ def test_pact_ignores_what_is_below_zero():
     np.testing.assert_array_equal(y, [0, 0, 2, 3, 3])
 
 
+def test_what_lies_at_alpha_counts_as_clipped():
+    """Half of what a ReLU6 gives is 6, where calibration puts α: it could not move down."""
+    quantizer = PactQuantizer(num_bits=4)
+    made = build(quantizer, (None, 4))
+    assert quantizer.set_range(made, F32(0.0), F32(6.0))
+    x = np.array([[0.0, 3.0, 6.0, 6.0]], F32)
+    upstream = np.array([[1.0, 2.0, 4.0, 8.0]], F32)
+    called = call(quantizer, x, made, upstream=upstream, training=True)
+    np.testing.assert_array_equal(called.dx, [[1, 2, 0, 0]])
+    # dα = 12; α = 6·gain.
+    assert float(called.gradients["gain"]) == pytest.approx(6 * 12)
+
+
+@pytest.mark.parametrize("name", ["affine", "channels", "lsqplus", "lsqplus2", "pact"])
+def test_what_was_zero_in_calibration_starts_later(name):
+    case = CASES[name]
+    quantizer, x = case(), 50 * sample(case.shape)
+    made = build(quantizer, (None, *case.shape[1:]))
+    assert quantizer.set_range(made, *range_of(0 * x, case.axes))
+    for training in (False, True):  # zeros are no news, and the file has the grid of [0, 1]
+        assert not np.any(quantizer(tf.constant(0 * x), training, made))
+        grid = quantizer.grid(made)
+        np.testing.assert_array_equal(grid.lowest, np.zeros(made["unit"].shape))
+        highest = 6 if training and case.make is PactQuantizer else 1
+        np.testing.assert_allclose(grid.highest, np.full(made["unit"].shape, highest), rtol=1e-6)
+    quantizer(tf.constant(x), True, made)
+    step, zero_point = first_step(case, x)
+    np.testing.assert_allclose(made["unit"], np.reshape(step, made["unit"].shape), rtol=1e-5)
+    np.testing.assert_array_equal(made["zero_point"], zero_point)
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -663,6 +694,12 @@ def test_l2_reaches_the_models_losses():
         loss = tf.add_n(model.losses)
     expected = 0.3 * 2 * 6.0 * 5.0
     assert float(tape.gradient(loss, made["gain"])) == pytest.approx(expected, rel=1e-6)
+    # α at twice the width is the same, with its levels and its step.
+    layer.quantizer.num_bits = 8
+    made["unit"].assign(made["unit"] * 15 / 255)
+    assert float(tf.add_n(model.losses)) == pytest.approx(0.3 * 6.0**2, rel=1e-6)
+    layer.quantizer.num_bits = 4
+    made["unit"].assign(made["unit"] * 255 / 15)
     # Fitted to data that are never clipped, l2 alone moves α.
     model.compile(tf_keras.optimizers.SGD(1e-3), "mse")
     model.fit(np.ones((8, 4), F32), np.ones((8, 4), F32), verbose=0)

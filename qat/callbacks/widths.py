@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from qat.callbacks.quantized import uniform_quantizers
 from qat.callbacks.scheduled import Scheduled, require_share, retrace
+from qat.grid import SMALLEST_SCALE
 from qat.quantizers import LsqQuantizer, PactQuantizer, UniformQuantizer
 
 LEGAL_BITS = range(2, 9)
@@ -135,7 +136,8 @@ class _Widened:
             return
         old, new = (_levels_of(codes, self.quantizer.symmetric) for codes in (before, after))
         unit = self.variables["unit"]
-        unit.assign(unit * (old / new))
+        # Of zeros alone, a unit stays the smallest: it is still to be found.
+        unit.assign(tf.where(unit <= SMALLEST_SCALE, unit, unit * (old / new)))
         if not self.quantizer.symmetric:
             zero_point = self.variables["zero_point"]
             moved = tf.round(after[0] + (zero_point - before[0]) * (new / old))

@@ -4,8 +4,11 @@ The step is `unit · gain`: `unit` is the step that calibration found, `gain` st
 trained. So an optimizer that moves every variable by about its learning rate (Adam) changes each
 step by the same share, whatever its size; a step of 0.01 and one of 1 need no rates of their own.
 A unit of 0 means that nothing was calibrated: then the step follows the tensor, and the first
-training step keeps it. A channel or tensor that was all zeros then is met again: the first training
-step that sees other values keeps theirs.
+training step keeps it. A channel or tensor that was all zeros then, or in calibration, has the
+smallest unit and is met again: the first training step that sees other values keeps theirs. Until
+then activations have the grid of [0, 1] (`qat.grid.affine_grid`).
+
+With plain gradient descent such a step changes by unit² as much as the step itself would.
 """
 
 from __future__ import annotations
@@ -84,7 +87,8 @@ class LsqQuantizer(UniformQuantizer):
         else:
             grid = affine_grid(minimum, maximum, num_bits=self.num_bits)
             weights["zero_point"].assign(grid.zero_point)
-        self._keep(weights, grid.scale)
+        only_zeros = tf.logical_and(tf.equal(minimum, 0.0), tf.equal(maximum, 0.0))
+        self._keep(weights, tf.where(only_zeros, SMALLEST_SCALE, grid.scale))
         return True
 
     def range(self, weights, inputs):
@@ -121,7 +125,10 @@ class LsqQuantizer(UniformQuantizer):
 
     def _step_and_zero_point(self, weights, inputs) -> tuple[tf.Tensor, tf.Tensor]:
         def stored():
-            step = weights["unit"] * _positive(tf.convert_to_tensor(weights["gain"]))
+            unit = tf.convert_to_tensor(weights["unit"])
+            if not self.symmetric:
+                unit = tf.where(unit <= SMALLEST_SCALE, 1.0 / self._highest_level, unit)
+            step = unit * _positive(tf.convert_to_tensor(weights["gain"]))
             # Replicas that started on different data average their zero points.
             zero_point = tf.round(tf.convert_to_tensor(weights.get("zero_point", 0.0)))
             return tf.maximum(step, SMALLEST_SCALE), zero_point
@@ -222,7 +229,8 @@ class LsqPlusQuantizer(LsqQuantizer):
 class PactQuantizer(LsqQuantizer):
     """Learned clipping: `clip(x, 0, α)` rounded to 2^b - 1 steps of α, α trained.
 
-    Backward: `dx = g` inside, 0 outside; `dα = Σ g` over x above α.  α = `(qmax - qmin)·unit·gain`.
+    Backward: `dx = g` where 0 <= x < α, else 0; `dα = Σ g` over x >= α.
+    α = `(qmax - qmin)·unit·gain`.
 
     Args:
         l2: weight of α² in the loss. Others as `LsqQuantizer`; for tensors that a ReLU precedes.
@@ -260,8 +268,11 @@ class PactQuantizer(LsqQuantizer):
     def _regularizer(self):
         if not self.l2:
             return None
-        levels = self._highest_level
-        return lambda gain: self.l2 * tf.reduce_sum(tf.square(gain * self._unit * levels))
+
+        def of_alpha(gain):  # the levels of the moment, which GradualBits changes
+            return self.l2 * tf.reduce_sum(tf.square(gain * self._unit * self._highest_level))
+
+        return of_alpha
 
     def _estimate(self, inputs):
         return tf.constant(6.0 / self._highest_level), tf.constant(float(self.codes_range[0]))

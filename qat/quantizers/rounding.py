@@ -1,8 +1,9 @@
 """Fake quantization: rounding to a grid forward, a straight-through estimator backward.
 
-With v = x / scale and y = (code - zero_point)·scale the fake-quantized x, g the upstream gradient:
+With v = x / scale, z the zero point, y = (code - z)·scale the fake-quantized x, and g the upstream
+gradient:
 
-    rule   dx where qmin <= code <= qmax (else 0)              strength        source
+    rule   dx where qmin - z <= v <= qmax - z (else 0)         strength        source
     ste    g                                                                   1308.3432
     ewgs   g·(1 + δ·sign(g)·(v - round(v)) / (qmax - qmin))    δ, 1e-3         2104.00903
     dsq    g·½·a·k·(1 - tanh²(k·(v - floor(v) - ½))),          α, 0.4          1908.05033
@@ -11,7 +12,8 @@ With v = x / scale and y = (code - zero_point)·scale the fake-quantized x, g th
 Behind a ReLU (`qat.quantizers.behind_relu`) dx is the gradient at the ReLU's input, of both.
 A learned scale gets Σ κ·g·d over the elements that share it (LSQ, arXiv 1902.08153, equation 3):
 d = round(v) - v inside, `code - fixed_code` outside: the scale stretches the grid around the code
-that keeps its real value. A learned offset gets Σ κ·g over the elements outside (LSQ+, 2004.09576).
+that keeps its real value. PACT's is learned from outside alone, to which x = α belongs (1805.06085,
+equation 3). A learned offset gets Σ κ·g over the elements outside (LSQ+, 2004.09576).
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ def _on_learned_grid(learned: LearnedGrid):
 
             def gradients(upstream):
                 with tf.control_dependencies([upstream]):  # or all masks were made beforehand
-                    mask = _inside(x32, grid, relu) if clipped else None
+                    mask = _inside(x32, grid, relu, top=learned.inside) if clipped else None
                 inside = functools.partial(_selected, mask) if clipped else tf.identity
                 fixed = grid.lowest if learned.keeps_lowest else 0.0
                 moved = values - fixed - inside((x32 if learned.inside else values) - fixed)
@@ -170,10 +172,11 @@ def _on_learned_grid(learned: LearnedGrid):
     return round_on
 
 
-def _inside(x: tf.Tensor, grid: Grid, relu: Relu | None) -> tf.Tensor:
-    """Where x passes its gradient on, bool."""
+def _inside(x: tf.Tensor, grid: Grid, relu: Relu | None, *, top: bool = True) -> tf.Tensor:
+    """Where x passes its gradient on, bool; `top`: the highest real number is inside too."""
     if relu is None:
-        return tf.logical_and(x >= grid.lowest, x <= grid.highest)
+        below = x <= grid.highest if top else x < grid.highest
+        return tf.logical_and(x >= grid.lowest, below)
     # Behind a ReLU no x lies below 0, and at its ends the ReLU has no gradient.
     highest = tf.minimum(grid.highest, np.nextafter(np.float32(relu.limit), np.float32(0.0)))
     return tf.logical_and(x > 0.0, x <= highest)
