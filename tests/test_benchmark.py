@@ -25,7 +25,8 @@ from qat.benchmark.candidate import Candidate
 from qat.benchmark.plan import FROM_CHECKPOINT, SAME_EPOCHS, Plan, Run, Terms, runs
 from qat.benchmark.store import Store
 from qat.errors import QatError, UserError
-from qat.settings import recommended
+from qat.recipe import Recipe
+from qat.settings import RECOMMENDED, recommended
 from qat.train import TrainingError
 from qat.verify.interpreter import Runner
 
@@ -476,7 +477,7 @@ def attempts(monkeypatch, digits):
             weight_bytes_in_theory=False,
             file_bytes=2000,
             seconds=1.0,
-            settings={},
+            settings=Candidate.parse(job.run.method).terms() if job.run.recipe else {},
         )
 
     monkeypatch.setattr(networks, "outcome", outcome)
@@ -508,6 +509,25 @@ def test_a_benchmark_goes_on_where_it_was_cut_off(tmp_path, attempts, monkeypatc
     assert rows == {"float": [0, 1], SAME_EPOCHS: [0, 1], "w8a8": [0, 1]}
     accuracy.run(whole)
     assert len(attempts) == 6
+
+
+def test_results_of_other_settings_are_no_results(tmp_path, attempts, monkeypatch):
+    """A recipe's file was changed, or what its name stands for: seeds cannot be averaged."""
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(Recipe.from_name("w4a8").to_json())
+    whole = plan(tmp_path / "out", recipes=(str(recipe), "w8a8"))
+    accuracy.run(whole)
+    accuracy.run(whole)
+    assert len(attempts) == 4
+    recipe.write_text(Recipe.from_name("w5a8").to_json())
+    with pytest.raises(UserError, match=r"mine.json of seed 0, trained with recipe .* now "):
+        accuracy.run(whole)
+    eight = plan(tmp_path / "out", recipes=("w8a8",), seeds=(0, 1))
+    accuracy.run(eight)  # is as it was
+    slower = dataclasses.replace(RECOMMENDED["8 bits"], learning_rate=1e-5)
+    monkeypatch.setitem(RECOMMENDED, "8 bits", slower)
+    with pytest.raises(UserError, match=r"w8a8 of seed 0, trained with learning_rate .*1e-05.*del"):
+        accuracy.run(eight)
 
 
 def test_what_fails_is_said_when_the_rest_is_done(tmp_path, attempts):

@@ -70,10 +70,18 @@ def test_every_row_can_be_trained(row):
         def train_stream(self, start_step=0):
             return None
 
-    config = RECOMMENDED[row].train_config(epochs=3, steps_per_epoch=10)
-    made = _scheduled(config, Data())  # raises where a value is illegal
-    frozen = [type(each).__name__ for each in made]
-    assert ("Dampening" in frozen) == (RECOMMENDED[row].dampening > 0)
+    def callbacks(**fields):  # raises where a value is illegal
+        settings = dataclasses.replace(RECOMMENDED[row], **fields)
+        config = settings.train_config(epochs=3, steps_per_epoch=10)
+        return [type(each).__name__ for each in _scheduled(config, Data())]
+
+    assert callbacks() == ["RandomByStep"]
+    freezing = {"freeze_batch_norm": 0.5, "freeze_ranges": 0.5, "dampening": 0.1}
+    names = ["FreezeBatchNorm", "FreezeRanges", "Dampening"]
+    wide_first = callbacks(**freezing, gradual_bits=((8, 0.5),))
+    assert wide_first == ["RandomByStep", "GradualBits", *names]
+    frozen_weights = callbacks(**freezing, iterative_freezing=0.01)
+    assert frozen_weights == ["RandomByStep", *names, "IterativeFreezing"]
     # Narrower networks are trained longer.
     factors = [RECOMMENDED[name].epochs_factor for name in RECOMMENDED]
     assert all(left <= right for left, right in itertools.pairwise(factors))

@@ -57,6 +57,7 @@ class _Benchmark:
             plan.terms.dataset, data_dir=plan.data_dir, batch_size=plan.terms.batch_size
         )
         self.store = Store(plan.output_dir, plan.terms, plan.split)
+        self.require_same_settings()
 
     def run(self) -> dict[str, Any]:
         seeds = dict.fromkeys(run.seed for run in self.runs)
@@ -77,6 +78,25 @@ class _Benchmark:
             candidate.settings()
             if quantize:
                 quantize_model(self.untrained(), candidate.recipe, input_range=networks.PIXEL_RANGE)
+
+    def require_same_settings(self) -> None:
+        """Raises if finished runs of our recipes were trained otherwise than they would be today.
+
+        A recipe's file, or the recommended settings of its name, may have changed since.
+        """
+        today = {one.text: one.terms() for one in map(Candidate.parse, self.plan.recipes)}
+        for result in self.store.results():
+            if result["error"] or result["source"] != "qat" or result["method"] not in today:
+                continue
+            then, now = result["settings"], today[result["method"]]
+            other = [key for key in now if key not in then or then[key] != now[key]]
+            if other:
+                raise UserError(
+                    f"--output_dir={self.plan.output_dir} has {result['method']} of seed "
+                    f"{result['seed']}, trained with {other[0]} {then.get(other[0])}, now "
+                    f"{now[other[0]]}: use another folder, or delete the results of "
+                    f"{result['method']} there"
+                )
 
     def untrained(self) -> tf_keras.Model:
         spec = self.data.spec

@@ -82,6 +82,15 @@ class Candidate:
         values = {key: self._value(key, text, hints[key]) for key, text in own.items()}
         return dataclasses.replace(recommended(self.recipe), **values)
 
+    def terms(self) -> dict[str, Any]:
+        """What decides how it is trained, its epochs aside, as JSON gives it back.
+
+        Raises:
+            UserError: as `settings`.
+        """
+        recipe = json.loads(self.recipe.to_json())
+        return {**json.loads(json.dumps(self.settings().to_dict())), "recipe": recipe}
+
     def _value(self, key: str, text: str, hint: Any) -> Any:
         """A setting's value from JSON's spelling or Python's."""
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

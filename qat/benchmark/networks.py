@@ -61,7 +61,7 @@ class Outcome:
         weight_bytes: packed kernels and biases, of the file or in theory.
         file_bytes: None without a file.
         seconds: of training, with calibration.
-        settings: what it was trained with, as far as JSON can say it.
+        settings: what it was trained with, as far as JSON can say it; ours with the recipe.
         note: what to know to judge the accuracy; "" for nothing.
     """
 
@@ -145,7 +145,7 @@ def _of_ours(job: Job) -> Outcome:
         write=lambda path: export_tflite(model, path),
         seconds=seconds,
         weight_bytes=measure.packed_weight_bytes(job.float_model, lambda layer: bits[layer.name]),
-        settings=settings.to_dict(),
+        settings=candidate.terms(),
     )
 
 

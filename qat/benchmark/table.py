@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from qat.benchmark.plan import SAME_EPOCHS
+from qat.benchmark.plan import PEERS, SAME_EPOCHS
 
 # What is measured or counted the same way for every seed, and may still differ by a few.
 _MEANS = ("weight_bytes", "file_bytes", "seconds", "model_accuracy")
+
+_OF_PEERS = (
+    "What the names leave out: at the edges, the first and last layer, our recipes and QKeras have "
+    "8 bits, TFMOT's scheme the widths of the name, Larq float. Float and peers are trained with "
+    "Adam on the labels alone; ours with the recipe's settings, which measure batch normalization "
+    "again and may have weight decay and the float network as a teacher."
+)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -114,6 +121,7 @@ def markdown(
         "same seed, in points. \\* bytes that packed kernels and biases would take: no file holds "
         "them.",
     ]
+    lines += ["", _OF_PEERS] if any(row["source"] in PEERS for row in rows) else []
     notes = [f"- {row['method']}: {note}" for row in rows for note in row["notes"]]
     for title, items in (("Notes", notes), ("Failed", [f"- {line}" for line in failed])):
         lines += ["", f"{title}:", "", *items] if items else []
