@@ -39,8 +39,8 @@ def infer(call: Call, args: tuple, kwargs: dict) -> Any:
 
 def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
     """Calls the layer in training or in inference, unless the model's builder chose one for it."""
-    if call.layer._expects_training_arg:
-        kwargs = {"training": training, **kwargs}
+    if call.layer._expects_training_arg and call.chosen_mode is None:
+        kwargs = {**kwargs, "training": training}
     return call.layer(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ import tf_keras
 from qat.batches import input_batches
 from qat.canonical import Call, calls, functional, leaves
 from qat.errors import ModelError
-from qat.forward import Visit, forward, infer, traced_if_repeated
+from qat.forward import Visit, forward, in_mode, infer, traced_if_repeated
 
 BatchNormalization = tf_keras.layers.BatchNormalization
 
@@ -23,12 +23,12 @@ def reestimate_batch_norm(
 ) -> tf_keras.Model:
     """Replaces the moving statistics of every batch normalization by averages over batches.
 
-    `μ = mean over batches of the batch's mean`, likewise σ²; of a layer that is called several
-    times, over its calls too. The moving averages of training lag
-    behind weights whose integers flip at every step; below 4 bits that costs whole points
-    (arXiv 2203.11086, section 3.2). Kernels, ranges and layers that are not trainable stay as they
-    are. Batches are seen as in training: each batch normalization normalizes with the batch's own
-    statistics.
+    `μ = mean over batches of the batch's mean`, by their sizes, likewise σ²; of a layer that is
+    called several times, over its calls too. The moving averages of training lag behind weights
+    whose integers flip at every step; below 4 bits that costs whole points (arXiv 2203.11086,
+    section 3.2). Kernels, ranges and layers that are not trainable or are called with
+    `training=False` stay as they are. Batches are seen as in training: each batch normalization
+    normalizes with the batch's own statistics.
 
     Args:
         model: quantized; changed in place. dataset: batches of x or (x, y), preferably augmented as
@@ -65,9 +65,11 @@ def measure_batch_norm(
             norm = _inner(call)
             if not isinstance(norm, BatchNormalization):
                 return visit(call, args, kwargs)
-            outputs = call.layer(*args, **{**kwargs, "training": _is_measured(call)})
-            if _is_measured(call):  # at once: the layer's next call overwrites them
-                seen[id(norm)].append(tf.stack([norm.moving_mean, norm.moving_variance]))
+            if not _is_measured(call):
+                return infer(call, args, kwargs)
+            outputs = in_mode(call, args, kwargs, training=True)
+            # At once: the layer's next call overwrites them.
+            seen[id(norm)].append(tf.stack([norm.moving_mean, norm.moving_variance]))
             return outputs
 
         forward(network, inputs, in_training)
@@ -76,8 +78,9 @@ def measure_batch_norm(
     sums, count = [0.0] * len(norms), 0
     with _measuring(norms):
         for inputs in input_batches(network, dataset, steps):
-            sums = [a + b.numpy() for a, b in zip(sums, probe(inputs), strict=True)]
-            count += 1
+            size = len(inputs[0])  # the last batch may be smaller
+            sums = [a + b.numpy() * size for a, b in zip(sums, probe(inputs), strict=True)]
+            count += size
     _require_finite(norms, sums)
     for norm, total in zip(norms, sums, strict=True):
         mean, variance = (total / count).astype(np.float32)
@@ -100,7 +103,10 @@ def _inner(call: Call) -> tf_keras.layers.Layer:
 
 
 def _is_measured(call: Call) -> bool:
-    return isinstance(_inner(call), BatchNormalization) and _inner(call).trainable
+    """Whether training would move the statistics: not where the model's builder said otherwise."""
+    norm = _inner(call)
+    trains = isinstance(norm, BatchNormalization) and norm.trainable
+    return trains and call.chosen_mode in (None, True)
 
 
 def _require_finite(norms: list[BatchNormalization], sums: list[np.ndarray]) -> None:

@@ -112,6 +112,17 @@ def test_several_named_inputs():
     assert_same_function(model, flatten(model)[0])
 
 
+@pytest.mark.parametrize("how", [((), {"training": True}), ((True,), {})])
+def test_the_mode_of_an_inner_call_goes_before_that_of_the_outer_one(how):
+    x = tf_keras.Input((4,))
+    inner = layers.BatchNormalization(name="kept")(x, training=False)
+    nested = tf_keras.Model(x, layers.BatchNormalization(name="free")(inner), name="nested")
+    args, kwargs = how
+    made, _ = flatten(tf_keras.Model(x, nested(x, *args, **kwargs)))
+    modes = {call.layer.name.split("/")[-1]: call.chosen_mode for call in calls(made)}
+    assert modes == {"kept": False, "free": True}
+
+
 def test_frozen_backbones_stay_frozen():
     model = outer()
     model.get_layer("backbone").trainable = False

@@ -64,6 +64,24 @@ def test_a_layer_called_twice_has_the_statistics_of_both_calls():
     np.testing.assert_allclose(norm.moving_variance, variance, rtol=0.02)
 
 
+@pytest.mark.parametrize("arguments", [((), {"training": False}), ((False,), {})])
+def test_a_call_in_inference_keeps_its_statistics(arguments):
+    """The idiom of fine-tuning, for a pretrained part that is trainable otherwise."""
+    x, args, kwargs = tf_keras.Input((6,)), *arguments
+    kept, free = layers.BatchNormalization(name="kept"), layers.BatchNormalization(name="free")
+    model = tf_keras.Model(x, free(kept(x, *args, **kwargs)))
+    rng = np.random.default_rng(1)
+    kept.set_weights([rng.uniform(0.5, 1.5, 6) for _ in range(4)])
+    before, (gamma, beta, mean, variance) = kept.get_weights(), kept.get_weights()
+    data = rng.normal(7.0, 2.0, (40, 6)).astype(np.float32)
+    qat.reestimate_batch_norm(model, batches([data], 32))
+    for one, other in zip(before, kept.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    normalized = (data - mean) / np.sqrt(variance + kept.epsilon) * gamma + beta
+    # The second batch is a quarter of the first: its mean counts a quarter.
+    np.testing.assert_allclose(free.moving_mean, normalized.mean(0), rtol=1e-4)
+
+
 def test_steps_limit_the_batches(model):
     (x,) = data_for(model, 32, seed=4)
     qat.reestimate_batch_norm(model, batches([x], 16), steps=1)

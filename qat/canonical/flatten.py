@@ -57,10 +57,11 @@ class _Flattening:
         if not isinstance(layer, tf_keras.Model):
             return self.copies(layer, self._name(layer, path))(*args, **kwargs)
         inner, path = functional(layer), (*path, layer)
-        training = kwargs.get("training")
+        training = kwargs.get("training", args[1] if len(args) > 1 else None)
 
         def visit(call: Call, args: tuple, kwargs: dict) -> Any:
-            if training is not None and call.layer._call_spec.expects_training_arg:
+            takes = call.layer._call_spec.expects_training_arg and call.chosen_mode is None
+            if training is not None and takes:
                 kwargs = {**kwargs, "training": training}
             return self._call(call.layer, path, args, kwargs)
 

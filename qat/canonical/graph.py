@@ -42,6 +42,16 @@ class Call:
             )
         return self.outputs[0]
 
+    @property
+    def chosen_mode(self) -> bool | None:
+        """Whether the model's builder calls the layer in training or inference; None = neither."""
+        args, kwargs = self.arguments
+        try:
+            spec = self.layer._call_spec
+            return spec.get_arg_value("training", args, kwargs, inputs_in_args=True)
+        except KeyError:
+            return None
+
 
 @deep_models()
 def functional(model: tf_keras.Model) -> tf_keras.Model:
