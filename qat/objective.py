@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from qat.errors import UserError
+from qat.canonical import is_operator_call, operator_symbol
+from qat.errors import ModelError, UserError
 from qat.layers import FakeQuantize
 
 SPARSE = "sparse_categorical_crossentropy"
@@ -33,11 +34,15 @@ _LEGAL = (
 # Behind which an output is still a probability.
 _CHANGES_NO_NUMBER = (
     FakeQuantize,
+    tf_keras.layers.ActivityRegularization,
     tf_keras.layers.Dropout,
     tf_keras.layers.Flatten,
+    tf_keras.layers.Identity,
     tf_keras.layers.Permute,
     tf_keras.layers.Reshape,
 )
+_OPERATORS_CHANGE_NO_NUMBER = ("cast", "identity", "reshape", "squeeze")
+_OPERATORS = {"nn.softmax": "softmax", "nn.sigmoid": "sigmoid", "math.sigmoid": "sigmoid"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,9 @@ def objective(model: tf_keras.Model, names: Sequence[str]) -> Objective:
 
     Raises:
         UserError: a name that Keras does not know, or a wrong number of them.
+        ModelError: outputs that are a dictionary.
     """
+    _require_ordered_outputs(model)
     outputs = model.output_names
     if len(names) not in (1, len(outputs)):
         raise UserError(
@@ -121,6 +128,7 @@ def imitation(model: tf_keras.Model) -> Objective:
 
     Cross-entropy where they are a softmax's probabilities, else the squared error.
     """
+    _require_ordered_outputs(model)
     kinds = [last_activation(tensor) == "softmax" for tensor in model.outputs]
     names = ["categorical_crossentropy" if kind else "mean_squared_error" for kind in kinds]
     return Objective(tuple(OutputLoss(name, from_logits=False) for name in names))
@@ -181,12 +189,31 @@ def last_activation(tensor: Any) -> str:
     layer = tensor.node.layer
     if isinstance(layer, tf_keras.Model):
         return last_activation(layer.outputs[tensor._keras_history.tensor_index])
-    if isinstance(layer, _CHANGES_NO_NUMBER):
+    if _changes_no_number(layer):
         return last_activation(tensor.node.keras_inputs[0])
+    if is_operator_call(layer):  # a float model's
+        return _OPERATORS.get(operator_symbol(layer), "")
     layer = getattr(layer, "layer", layer)  # a wrapper's own
     if isinstance(layer, tf_keras.layers.Softmax):
         return "softmax"
     return getattr(getattr(layer, "activation", None), "__name__", "")
+
+
+def _require_ordered_outputs(model: tf_keras.Model) -> None:
+    if isinstance(model._nested_outputs, dict):
+        raise ModelError(
+            f"model {model.name!r} gives a dictionary of outputs, and losses go by their order; "
+            "give tf_keras.Model(model.inputs, model.outputs), or calibrate only"
+        )
+
+
+def _changes_no_number(layer: tf_keras.layers.Layer) -> bool:
+    if is_operator_call(layer):
+        return operator_symbol(layer) in _OPERATORS_CHANGE_NO_NUMBER
+    # As of mixed precision, whose last layer casts to float32.
+    linear = getattr(layer, "activation", None) is tf_keras.activations.linear
+    passes = isinstance(layer, tf_keras.layers.Activation) and linear
+    return passes or isinstance(layer, _CHANGES_NO_NUMBER)
 
 
 def _keras_loss(name: str) -> Callable:

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras
 
 import qat
-from qat.errors import UserError
+from qat.errors import ModelError, UserError
 from qat.objective import (
     Objective,
     OutputLoss,
@@ -71,6 +71,14 @@ def test_unknown_losses_are_refused(name):
         objective(model((3, "linear")), [name])
 
 
+@pytest.mark.parametrize("make", [imitation, lambda net: objective(net, ["mse"])])
+def test_dictionaries_of_outputs_are_refused(make):
+    inputs = layers.Input((4,))
+    net = tf_keras.Model(inputs, {"b": layers.Dense(2)(inputs), "a": layers.Dense(3)(inputs)})
+    with pytest.raises(ModelError, match="dictionary of outputs"):
+        make(net)
+
+
 def test_imitation_compares_probabilities_and_numbers():
     names = [o.name for o in imitation(model((3, "softmax"), (3, "linear"))).outputs]
     assert names == ["categorical_crossentropy", "mean_squared_error"]
@@ -83,6 +91,25 @@ def test_the_last_activation_is_found_in_nested_models_and_layers():
     assert last_activation(outer.outputs[0]) == "softmax"
     assert last_activation(model((2, "sigmoid")).outputs[0]) == "sigmoid"
     assert last_activation(tf_keras.Model(inputs, layers.Flatten()(inputs)).outputs[0]) == ""
+
+
+@pytest.mark.parametrize(
+    "end, name",
+    [
+        (tf.nn.softmax, "softmax"),
+        (tf.sigmoid, "sigmoid"),
+        (lambda x: tf.cast(tf.nn.softmax(x), tf.float32), "softmax"),
+        (lambda x: layers.Activation("linear")(layers.Softmax()(x)), "softmax"),
+        (lambda x: layers.Identity()(layers.Activation("sigmoid")(x)), "sigmoid"),
+        (lambda x: x * 2.0, ""),
+        (layers.Activation("linear"), ""),
+    ],
+)
+def test_the_last_activation_may_be_an_operator_or_lie_behind_a_cast(end, name):
+    inputs = layers.Input((4,))
+    net = tf_keras.Model(inputs, end(layers.Dense(4)(inputs)))
+    for each in (net, qat.quantize_model(net, "w8a8")):
+        assert last_activation(each.outputs[0]) in (name, *([] if name else ["linear"]))
 
 
 @pytest.mark.parametrize("activation", ["softmax", "linear"])

@@ -3,6 +3,7 @@
 from qat.canonical.as_layers import as_layers
 from qat.canonical.flatten import leaves
 from qat.canonical.graph import Call, calls, consumers, functional, rebuild, stand_ins
+from qat.canonical.operators import is_operator_call, operator_symbol
 from qat.canonical.passes import canonicalize
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "canonicalize",
     "consumers",
     "functional",
+    "is_operator_call",
     "leaves",
+    "operator_symbol",
     "rebuild",
     "stand_ins",
 ]

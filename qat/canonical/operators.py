@@ -73,7 +73,7 @@ class _Rewriting:
             return self.copies(call.layer)(*args, **kwargs)
 
     def _rewritten(self, call: Call, args: tuple, kwargs: dict) -> Any:
-        symbol = _symbol(call.layer)
+        symbol = operator_symbol(call.layer)
         if symbol not in _REWRITES:
             raise NoLayerError("it has no layer here")
         given = inspect.signature(call.layer.function).bind(*args, **kwargs)
@@ -86,14 +86,18 @@ class _Rewriting:
             if layer.name in self.reasons:
                 kind, advice = type(layer).__name__, ""
                 if is_operator_call(layer):
-                    kind, advice = f"a call of tf.{_symbol(layer)}", "; use a layer, or constants"
+                    kind, advice = (
+                        f"a call of tf.{operator_symbol(layer)}",
+                        "; use a layer, or constants",
+                    )
                 raise ModelError(
                     f"layer {layer.name!r} ({kind}) cannot be quantized: "
                     f"{self.reasons[layer.name]}{advice}"
                 )
 
 
-def _symbol(layer: tf_keras.layers.Layer) -> str:
+def operator_symbol(layer: tf_keras.layers.Layer) -> str:
+    """The TensorFlow function of an operator call, e.g. "nn.softmax"."""
     if type(layer).__name__ == "SlicingOpLambda":
         return "__operators__.getitem"
     return str(layer.symbol).removeprefix("compat.v1.")
