@@ -83,6 +83,12 @@ KEPT = {
     "groups": lambda x: layers.Conv2D(4, 3, groups=2)(affine()(x)),
     "transposed": lambda x: layers.Conv2DTranspose(3, 3)(affine()(x)),
     "the output": lambda x: affine()(x),
+    "regularized": lambda x: layers.Conv2D(3, 3, kernel_regularizer="l2")(affine()(x)),
+    "regularized depthwise": lambda x: layers.DepthwiseConv2D(3, depthwise_regularizer="l2")(
+        affine()(x)
+    ),
+    "constrained": lambda x: layers.Dense(3, kernel_constraint="max_norm")(norm()(x)),
+    "constrained bias": lambda x: layers.Conv2D(3, 3, bias_constraint="non_neg")(affine()(x)),
     "kernel called twice": twice,
     "read twice": read_twice,
 }

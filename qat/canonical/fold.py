@@ -58,7 +58,7 @@ class _Folding:
         if before is not None and type(before.layer) in (*_KERNELS, layers.Conv2DTranspose):
             return None
         reader = self.readers[id(call.output)][0].layer
-        if type(reader) not in _KERNELS or self.counts[id(reader)] != 1:
+        if type(reader) not in _KERNELS or self.counts[id(reader)] != 1 or _is_restrained(reader):
             return None
         one_pixel = set(getattr(reader, "kernel_size", (1,))) == {1}
         pads = getattr(reader, "padding", "valid") != "valid" and not one_pixel
@@ -78,6 +78,15 @@ class _Folding:
         if id(layer) in self.affine:
             layer = _folded(layer, *_factors(self.affine[id(layer)]), args[0])
         return layer(*args, **kwargs)
+
+
+def _is_restrained(layer: layers.Layer) -> bool:
+    """Whether training holds its weights themselves to something, not their multiples."""
+    return any(
+        getattr(layer, f"{weight}_{kind}", None) is not None
+        for weight in ("kernel", "depthwise", "bias")
+        for kind in ("regularizer", "constraint")
+    )
 
 
 def _folded(layer: layers.Layer, a: np.ndarray, b: np.ndarray, x: Any) -> layers.Layer:
