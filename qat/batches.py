@@ -36,7 +36,7 @@ def input_batches(
     count = 0
     for batch in dataset.take(-1 if steps is None else steps):
         count += 1
-        tensors = _inputs(model, batch)
+        tensors, _ = inputs_and_labels(model, batch)
         if not all(_is_finite(tensor) for tensor in tensors):
             raise QatError(f"batch {count} of the dataset holds NaN or infinite values; clean it")
         yield [tf.cast(x, own.dtype) for x, own in zip(tensors, model.inputs, strict=True)]
@@ -44,11 +44,15 @@ def input_batches(
         raise ModelError("the dataset is empty: it has no batch")
 
 
-def _inputs(model: tf_keras.Model, batch: Any) -> list[tf.Tensor]:
+def inputs_and_labels(model: tf_keras.Model, batch: Any) -> tuple[list[tf.Tensor], Any]:
+    """A batch's tensors for `model.inputs`, in order, and its y, None without.
+
+    Forms and errors as of `input_batches`.
+    """
     wanted = len(model.inputs)
-    x = batch
+    x, y = batch, None
     if isinstance(batch, tuple) and (_count(batch[0]) == wanted or _count(batch) != wanted):
-        x = batch[0]
+        x, y = (*batch, None)[:2]
     if isinstance(x, dict):
         nested = model._nested_inputs
         names = sorted(nested) if isinstance(nested, dict) else model.input_names
@@ -58,7 +62,7 @@ def _inputs(model: tf_keras.Model, batch: Any) -> list[tf.Tensor]:
             f"model {model.name!r} takes {wanted} inputs ({', '.join(model.input_names)}), and the "
             f"dataset's batches hold {_count(x)}; make each batch x or (x, y), x a tuple of them"
         )
-    return tf.nest.flatten(x)
+    return tf.nest.flatten(x), y
 
 
 def _is_finite(tensor: tf.Tensor) -> bool:

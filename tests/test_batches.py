@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from qat.batches import input_batches
+from qat.batches import input_batches, inputs_and_labels
 from qat.errors import QatError
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -53,6 +53,19 @@ def test_two_inputs(two, content):
     (x, z), _ = taken(two, content)
     np.testing.assert_array_equal(x, X)
     np.testing.assert_array_equal(z, Z)
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [((X, Z), None), (((X, Z), Y), Y), ({"z": Z, "x": X}, None), (({"z": Z, "x": X}, Y, Y), Y)],
+)
+def test_labels_of_two_inputs(two, content, expected):
+    inputs, labels = inputs_and_labels(two, next(iter(batches(content, 6))))
+    for found, given in zip(inputs, (X, Z), strict=True):
+        np.testing.assert_array_equal(found, given)
+    assert (labels is None) == (expected is None)
+    if expected is not None:
+        np.testing.assert_array_equal(labels, expected)
 
 
 def test_steps(one):

@@ -7,6 +7,7 @@ import pytest
 import small_models
 import tensorflow as tf
 import tensorflow_datasets as tfds
+import tf_keras
 from small_models import layers
 
 import qat
@@ -159,6 +160,20 @@ def test_several_inputs(tmp_path, io):
     found = qat.verify_tflite(path, model, batches, layer_examples=0)
     assert found.max_output_difference_lsb <= 3
     assert found.output_snr_db > 25
+
+
+def test_inputs_by_name_and_labels_in_a_column(tmp_path):
+    """A dictionary's keys are sorted, the model's inputs are not."""
+    b, a = layers.Input((4,), name="b"), layers.Input((4,), name="a")
+    net = tf_keras.Model([b, a], layers.Subtract()([b, a]))
+    rng = np.random.default_rng(0)
+    x = {name: rng.normal(size=(40, 4)).astype(np.float32) for name in ("a", "b")}
+    labels = (x["b"] - x["a"]).argmax(1)
+    batches = tf.data.Dataset.from_tensor_slices((x, labels[:, None])).batch(16)
+    model = qat.calibrate(qat.quantize_model(net, "w8a8"), batches)
+    path = qat.export_tflite(model, tmp_path / "model.tflite")
+    found = qat.verify_tflite(path, model, batches)
+    assert found.accuracy > 0.9 and found.model_accuracy > 0.9
 
 
 def test_data_of_another_shape(model, paths):

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from qat.batches import inputs_and_labels
 from qat.callbacks.quantized import grid_kernels
 from qat.canonical import functional
 from qat.forward import forward, infer
@@ -66,7 +67,7 @@ class QuantizationSummaries(tf_keras.callbacks.Callback):
             make = tf.summary.create_noop_writer if helps else tf.summary.create_file_writer
             self._writer = make() if helps else make(os.fspath(self.log_dir))
             batch = next(iter(self.data))
-            self._batch = tf.nest.flatten(batch[0] if isinstance(batch, tuple) else batch)
+            self._batch = inputs_and_labels(self.model, batch)[0]
             self._observed = tf.function(self._run)
 
     def on_train_batch_begin(self, batch, logs=None):

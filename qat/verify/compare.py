@@ -136,8 +136,8 @@ def _classes(runs: Runs) -> dict[str, float | None]:
     if len(runs.outputs) == 1 and output.keras.ndim == 2 and output.keras.shape[1] > 1:
         of_file, of_model = output.default.argmax(1), output.keras.argmax(1)
         found["agreement"] = float((of_file == of_model).mean())
-        if labels[0] is not None and labels[0].ndim == 1:
-            truth = np.concatenate(labels)
+        if labels[0] is not None and labels[0].shape[1:] in ((), (1,)):
+            truth = np.concatenate(labels).reshape(-1)
             found["accuracy"] = float((of_file == truth).mean())
             found["model_accuracy"] = float((of_model == truth).mean())
     return found

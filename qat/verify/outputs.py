@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from qat.batches import inputs_and_labels
 from qat.errors import QatError
 from qat.forward import predictor
 from qat.tflite_file import FileError, FileModel, FileTensor
@@ -89,8 +90,7 @@ def run_all(
     predict = predictor(model)
     from_file, from_model, labels, first = [], [], [], []
     for batch in dataset:
-        x, y = (*batch, None)[:2] if isinstance(batch, tuple) else (batch, None)
-        x = tf.nest.flatten(x)
+        x, y = inputs_and_labels(model, batch)
         arrays = [tensor.numpy() for tensor in x]
         if sum(len(parts[0]) for parts in first) < keep:
             first.append(arrays)
