@@ -11,10 +11,10 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 
 from qat import configs
 from qat.canonical import Call, calls, consumers, functional
+from qat.decision import NOT_ANNOTATED
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
 from qat.operator_layers import FoldedAway
-from qat.placement import NOT_ANNOTATED
 from qat.reactnet import METHOD as REACTNET
 from qat.reactnet import LearnedShift, LearnedSlope, RSignQuantizer
 from qat.roles import FUSES, KEEPS_GRID, Role, role, supports

@@ -59,7 +59,7 @@ class QuantizedPReLU(tf_keras.layers.PReLU):
         """The same layer, built, with the same slopes and name."""
         made = cls.from_config(layer.get_config())
         made.trainable = layer.trainable
-        made.build(layer.input_shape)
+        made.build((None, *layer.alpha.shape))
         made.alpha.assign(layer.alpha)
         return made
 

@@ -7,7 +7,6 @@ their input. Activations below 8 bits belong to the tensor that a kernel reads.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import tf_keras
 
 from qat import configs, quantizers
 from qat.canonical.graph import Call, calls, consumers, rebuild
+from qat.decision import NOT_ANNOTATED, Decision, wide_spec
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.negatives import never_negative
 from qat.reactnet import METHOD as REACTNET
@@ -23,19 +23,9 @@ from qat.recipe import RecipeError, TensorSpec
 from qat.roles import FUSES, KEEPS_GRID, Role, fixed_range, require_widths, role, supports
 
 layers = tf_keras.layers
-NOT_ANNOTATED = "not annotated for quantization"
 # A layer that moves codes, and that nobody wants in float, is none of the file's float operators.
 _NO_WISH = (None, NOT_ANNOTATED)
 _FUSES_INTO_CONCAT = (*FUSES[Role.RELU], Role.RELU)
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """What the recipe says of one layer: specs, or the reason why it stays in float."""
-
-    weights: TensorSpec | None = None
-    activations: TensorSpec | None = None
-    keep_float: str | None = None
 
 
 def place_quantizers(
@@ -71,7 +61,7 @@ class _Placement:
         self.input_range = input_range
         self.readers = consumers(model)
         self.producer = {id(out): call for call in calls(model) for out in call.outputs}
-        self.wide = _wide_spec(decisions)
+        self.wide = wide_spec(decisions)
         # The ids of the outputs of ReLUs that become RPReLUs.
         self.rprelus: set[int] = set()
         self.roles: dict[int, Role] = {}
@@ -149,8 +139,25 @@ class _Placement:
         """A Rescaling that every reader's kernel absorbs: it relabels the scale, codes stay."""
         scale, offset = call.layer.scale, call.layer.offset
         plain = isinstance(scale, int | float) and scale > 0 and offset == 0
-        readers = self._final_readers(call.output)
-        return plain and all(self._read_spec(reader) is not None for reader in readers)
+        specs = [self._read_spec(reader) for reader in self._final_readers(call.output)]
+        if not plain or None in specs:
+            return False
+        if all(spec.bits >= self.wide.bits for spec in specs):
+            return True
+        # No narrower grid may follow: a requantization needs the real numbers.
+        alike = all(spec == specs[0] for spec in specs) and specs[0].bits > 1
+        return alike and self._is_all_that_reads(call)
+
+    def _is_all_that_reads(self, call: Call) -> bool:
+        """Whether nobody else reads what the call's input moves, so that its readers choose the
+        grid; a model's input always has the wide one."""
+        tensor = call.inputs[0]
+        while (made := self.producer.get(id(tensor))) and len(self.readers[id(tensor)]) == 1:
+            kind = role(made.layer) if supports(made.layer) else Role.COMPUTE
+            if kind not in (Role.PASS, Role.IDENTITY):
+                return kind is not Role.AVERAGE
+            tensor = made.inputs[0]
+        return False
 
     def _inside_operator(self, call: Call) -> bool:
         """Whether the output is an inner tensor of a fused operator, which has no grid."""
@@ -283,13 +290,3 @@ class _Placement:
             name += "_"
         self.names.add(name)
         return name
-
-
-def _wide_spec(decisions: Mapping[str, Decision]) -> TensorSpec:
-    bits = {d.activations.bits for d in decisions.values() if d.activations is not None}
-    if 16 in bits and bits != {16}:
-        raise RecipeError(
-            f"16-bit activations cannot be mixed with {sorted(bits - {16})} in one model; "
-            "give every layer 16, or none"
-        )
-    return TensorSpec(bits=16 if bits == {16} else 8)

@@ -123,7 +123,8 @@ class Rule:
     Attributes:
         layer: shell pattern on the layer's name, e.g. "block_1_*".
         type: the layer's class name, e.g. "DepthwiseConv2D"; shell patterns too.
-        position: "first" or "last" among the layers with quantized weights.
+        position: of a layer with quantized weights: "first" where it reads an input of the model,
+            "last" where no other one follows; a model may have several of each.
         weights, activations: specs for the layer's kernel and for the tensor it reads.
         keep_float: the reason why the layer stays in float32; excludes specs.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import tensorflow_model_optimization as tfmot
@@ -12,8 +12,9 @@ import tf_keras
 from qat import configs
 from qat.canonical import calls, canonicalize, functional
 from qat.canonical.fold import fold_forward
+from qat.decision import NOT_ANNOTATED, Decision
 from qat.layers import QuantizedPReLU
-from qat.placement import NOT_ANNOTATED, Decision, place_quantizers
+from qat.placement import place_quantizers
 from qat.recipe import Recipe, RecipeError, Rule, load_recipe
 from qat.roles import float_reason, require_a_place
 from qat.wrapper import KernelWrapper
@@ -158,7 +159,7 @@ def decide(
     """
     order = list(dict.fromkeys(call.layer.name for call in calls(model)))
     by_name = {layer.name: layer for layer in model.layers}
-    positions = _positions([by_name[n] for n in order if n in annotated])
+    positions = _positions(model, annotated)
     subjects = {
         name: _subject(by_name[name], origins, aliases, positions.get(name, ())) for name in order
     }
@@ -191,13 +192,34 @@ def _subject(layer: tf_keras.layers.Layer, origins, aliases, positions) -> _Subj
     return _Subject(layer, known, positions)
 
 
-def _positions(layers: list[tf_keras.layers.Layer]) -> dict[str, tuple[str, ...]]:
-    with_kernel = [layer.name for layer in layers if configs.kernels(layer)]
-    found: dict[str, tuple[str, ...]] = {}
-    if with_kernel:
-        found[with_kernel[0]] = ("first",)
-        found[with_kernel[-1]] = (*found.get(with_kernel[-1], ()), "last")
-    return found
+def _positions(model: tf_keras.Model, annotated: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """By name: "first" for kernels that read an input, "last" for those that no kernel reads from.
+
+    Layers without kernels may lie between. A model of many inputs or outputs has several of each.
+    """
+    ordered = calls(model)
+    kernels = {
+        call.layer.name
+        for call in ordered
+        if call.layer.name in annotated and configs.kernels(call.layer)
+    }
+    raw, first = set(map(id, model.inputs)), set()
+    for call in ordered:
+        if raw.isdisjoint(map(id, call.inputs)):
+            continue
+        if call.layer.name in kernels:
+            first.add(call.layer.name)
+        else:
+            raw.update(map(id, call.outputs))
+    read, last = set(), set()
+    for call in reversed(ordered):
+        behind = not read.isdisjoint(map(id, call.outputs))
+        if call.layer.name in kernels and not behind:
+            last.add(call.layer.name)
+        if call.layer.name in kernels or behind:
+            read.update(map(id, call.inputs))
+    edges = (("first", first), ("last", last))
+    return {name: tuple(edge for edge, names in edges if name in names) for name in kernels}
 
 
 def _decision(recipe: Recipe, subject: _Subject, annotated: dict) -> Decision:

@@ -467,3 +467,60 @@ def test_a_layer_called_twice_behind_norms_of_opposite_signs(folder):
     for kernels in small_models.KERNELS:
         for index in range(2):
             assert np.rint(steps_apart(model, path, data, kernels, index)).max() <= 1
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_rescaling_that_kernels_read_at_several_widths(folder, pool):
+    """It is an operator of its own there: a finer scale alone has no narrower codes."""
+
+    def net(x):
+        x = layers.Rescaling(1 / 255)(x)
+        y = layers.MaxPooling2D(1)(x) if pool else x
+        branches = [
+            layers.Conv2D(4, 3, padding="same", name="four")(x),
+            layers.Conv2D(4, 3, padding="same", name="eight")(y),
+        ]
+        return layers.Dense(3)(layers.Flatten()(layers.Add()(branches)))
+
+    four = qat.TensorSpec(bits=4)
+    rules = (
+        qat.Rule(layer="four", weights=four, activations=four),
+        *qat.Recipe.from_name("w8a8").rules,
+    )
+    recipe = qat.Recipe(name="mine", rules=rules)
+    pixels = np.random.default_rng(0).uniform(0, 255, (16, *IMAGE)).astype(np.float32)
+    model = small_models.model_of(net, IMAGE)
+    model = small_models.quantized(model, recipe, [pixels], input_range=(0, 255))
+    path = qat.export_tflite(model, folder / f"widths{pool}.tflite")
+    assert read_file(path).float_operators() == []
+    assert integer_mismatches(model, read_file(path)) == []
+    assert steps_apart(model, path, [pixels], "default").max() <= 2
+
+
+def test_the_sign_of_an_average(folder):
+    def net(x):
+        x = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+        y = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+        z = layers.Conv2D(4, 3, name="of_signs")(layers.Average()([x, y]))
+        return layers.Dense(3)(layers.Flatten()(z))
+
+    model = small_models.model_of(net, IMAGE)
+    data = small_models.data_for(model)
+    model = small_models.quantized(model, "w1a1", data)
+    path = qat.export_tflite(model, folder / "sign_of_average.tflite")
+    assert read_file(path).float_operators() == []
+    assert integer_mismatches(model, read_file(path)) == []
+
+
+def test_slopes_that_maps_of_two_sizes_share(folder):
+    def net(x, y):
+        prelu, conv = layers.PReLU(shared_axes=[1, 2]), layers.Conv2D(4, 3)
+        return [layers.GlobalAveragePooling2D()(prelu(conv(each))) for each in (x, y)]
+
+    model = small_models.model_of(net, IMAGE, (9, 9, 3))
+    data = small_models.data_for(model)
+    model = small_models.quantized(model, "w8a8", data)
+    path = qat.export_tflite(model, folder / "shared_slopes.tflite")
+    assert integer_mismatches(model, read_file(path)) == []
+    for index in (0, 1):
+        assert steps_apart(model, path, data, "default", index).max() <= 1

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat import configs, errors, recipe
+from qat.decision import NOT_ANNOTATED
 from qat.recipe import METHODS, TERNARY, Recipe, RecipeError, Rule, TensorSpec, load_recipe
-from qat.scheme import NOT_ANNOTATED, decide
+from qat.scheme import decide
 
 layers = tf_keras.layers
 
@@ -576,3 +577,35 @@ def test_recipes_need_no_tensorflow(module):
     legal = {"__future__", "qat.errors", "collections.abc", "typing"}
     legal |= {"dataclasses", "fnmatch", "json", "pathlib", "re"}
     assert imported <= legal
+
+
+def test_every_branch_has_a_first_and_a_last_layer():
+    """Two stems, a trunk and three heads, one of them behind a softmax's sister layer."""
+    inputs = [tf_keras.Input((8, 8, 3), name=name) for name in ("left", "right")]
+    stems = [layers.Conv2D(4, 3, name=f"stem{i}")(layers.ReLU()(x)) for i, x in enumerate(inputs)]
+    x = layers.Conv2D(4, 3, activation="relu", name="trunk")(layers.Add()(stems))
+    x = layers.GlobalAveragePooling2D(name="features")(x)
+    hidden = layers.Dense(4, name="hidden")(x)
+    heads = [layers.Dense(2, name="boxes")(hidden), layers.Dense(3, name="classes")(x), x]
+    late = layers.Dense(3, name="late")(layers.Concatenate()([x, layers.Flatten()(inputs[0])]))
+    net = tf_keras.Model(inputs, [*heads, layers.Softmax()(late)])
+    annotated = {layer.name: None for layer in net.layers}
+    found = decide(net, Recipe.from_name("w4a4"), annotated)
+    kernels = ("stem0", "stem1", "trunk", "hidden", "boxes", "classes", "late")
+    assert {name: found[name].weights.bits for name in kernels} == {
+        **{"stem0": 8, "stem1": 8, "trunk": 4, "hidden": 4},
+        **{"boxes": 8, "classes": 8, "late": 8},
+    }
+    edges = Recipe(
+        name="edges",
+        rules=(
+            Rule(position="first", weights=TensorSpec(bits=2)),
+            Rule(position="last", weights=TensorSpec(bits=3)),
+            Rule(weights=EIGHT),
+        ),
+    )
+    found = decide(net, edges, annotated)
+    assert {name: found[name].weights.bits for name in kernels} == {
+        **{"stem0": 2, "stem1": 2, "trunk": 8, "hidden": 8},
+        **{"boxes": 3, "classes": 3, "late": 2},  # it reads an input, too
+    }

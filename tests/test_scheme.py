@@ -18,6 +18,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 from qat import configs, quantizers
 from qat.apply import quantize_model
 from qat.canonical import calls
+from qat.decision import NOT_ANNOTATED
 from qat.errors import ModelError
 from qat.layers import FakeQuantize, ReplacedBySign
 from qat.operator_layers import (
@@ -39,7 +40,7 @@ from qat.quantizers import (
 )
 from qat.recipe import Recipe, RecipeError, Rule, TensorSpec
 from qat.roles import ROLES, Role, UnsupportedLayerError
-from qat.scheme import NOT_ANNOTATED, QuantizeScheme, scheme
+from qat.scheme import QuantizeScheme, scheme
 
 keras = tfmot.quantization.keras
 layers = tf_keras.layers

@@ -18,7 +18,7 @@ ORDER = [
     {"operator_layers", "reactnet"},
     {"configs", "layers", "canonical", "wrapper"},
     {"roles", "loading"},
-    {"negatives"},
+    {"negatives", "decision"},
     {"placement"},
     {"scheme"},
     {"apply"},
