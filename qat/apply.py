@@ -16,12 +16,14 @@ from qat.deep import deep_models
 from qat.errors import ModelError
 from qat.layers import FakeQuantize
 from qat.loading import from_keras3, is_keras3_model
+from qat.loading.precision import in_float32, made_in_float32
 from qat.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qat.roles import UnsupportedLayerError
 from qat.scheme import LayoutTransform
 from qat.wrapper import kernels_once_a_call
 
 
+@made_in_float32()
 def quantize_model(
     model: tf_keras.Model,
     recipe: str | Recipe = DEFAULT_RECIPE,
@@ -49,7 +51,7 @@ def quantize_model(
     recipe = load_recipe(recipe)
     if is_keras3_model(model):
         model = from_keras3(model)
-    model = functional(model)
+    model = in_float32(functional(model))
     _require_plain(model)
     # 2. Nested models and operator calls become layers.
     model, origins = as_layers(model)

@@ -10,6 +10,7 @@ import tf_keras
 
 import qat
 from qat.canonical import calls, canonicalize, consumers, functional, rebuild
+from qat.errors import ModelError
 
 layers = tf_keras.layers
 
@@ -225,6 +226,59 @@ def test_regularizers_and_constraints_are_kept():
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     constrained = [sum(v.constraint is not None for v in each.variables) for each in (model, made)]
     assert constrained == [3, 3]
+
+
+def test_outputs_are_regularized_behind_their_activation():
+    def build(x):
+        l1, l2 = tf_keras.regularizers.L1(0.1), tf_keras.regularizers.L1L2(0.2, 0.3)
+        x = layers.SeparableConv2D(4, 3, activation="relu", activity_regularizer=l1)(x)
+        return layers.Dense(3, activity_regularizer=l2)(x)
+
+    model = model_of(build)
+    made, _ = canonicalize(model)
+    assert_same_function(model, made)
+    losses = [[float(loss) for loss in each.losses] for each in (model, made)]
+    assert len(losses[1]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    quantized = qat.quantize_model(model, "w8a8")
+    quantized(images(model))
+    losses.append([float(loss) for loss in quantized.losses])
+    assert losses[2] == pytest.approx(losses[0], rel=0.05)
+    quantized.compile("sgd", "mse")
+    quantized.fit(images(model), quantized.predict(images(model), verbose=0), verbose=0)
+
+
+class Odd(tf_keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return tf.reduce_sum(x)
+
+    def get_config(self):
+        return {"odd": 1}
+
+
+@pytest.mark.parametrize("case", ["own class", "over time"])
+def test_regularizers_of_outputs_that_cannot_be_kept(case):
+    given = Odd() if case == "own class" else "l2"
+    dense = layers.Dense(3, activity_regularizer=given, name="it")
+    x = tf_keras.Input((5, 4))
+    y = dense(x) if case == "own class" else layers.TimeDistributed(dense, name="it")(x)
+    with pytest.raises(ModelError, match="'it' has the activity_regularizer (Odd|L2); only l1"):
+        canonicalize(tf_keras.Model(x, y))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_layer_that_is_repeated_twice_stays_one_layer(direct, trainable):
+    dense = layers.Dense(3, activation="relu", name="dense")
+    a, b, c = tf_keras.Input((5, 4)), tf_keras.Input((6, 4)), tf_keras.Input((4,))
+    outputs = [layers.TimeDistributed(dense)(a), layers.TimeDistributed(dense)(b)]
+    inputs, outputs = ([a, b, c], [*outputs, dense(c)]) if direct else ([a, b], outputs)
+    dense.trainable = trainable
+    model = tf_keras.Model(inputs, outputs)
+    made, _ = canonicalize(model)
+    rng = np.random.default_rng(2)
+    x = [rng.normal(size=(3, *tensor.shape[1:])).astype(np.float32) for tensor in inputs]
+    assert_same_function(model, made, x)
+    assert len(made.weights) == 2 and len(made.trainable_weights) == 2 * trainable
 
 
 # ---------------------------------------------------------------------------------------------

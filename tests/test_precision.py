@@ -41,6 +41,23 @@ def test_float32_is_the_model_itself():
     assert in_precision(model, "float32") is model
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_model_of_mixed_precision_is_quantized_in_float32(policy):
+    tf_keras.mixed_precision.set_global_policy(policy)
+    try:
+        net = tf_keras.Sequential([tf_keras.layers.Conv2D(3, 3), tf_keras.layers.Flatten()])
+        net.add(tf_keras.layers.Dense(2, activation="softmax"))
+        net.build((None, 6, 6, 2))
+        quantized = qat.quantize_model(net, "w8a8")
+        assert tf_keras.mixed_precision.global_policy().name == policy
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    assert {layer.compute_dtype for layer in quantized.layers} == {"float32"}
+    x = np.random.default_rng(0).normal(size=(8, 6, 6, 2)).astype(np.float32)
+    qat.calibrate(quantized, tf.data.Dataset.from_tensors(x))
+    np.testing.assert_allclose(quantized(x), tf.cast(net(x), tf.float32), atol=0.03)
+
+
 def test_an_unknown_type_is_refused():
     with pytest.raises(ValueError, match="float32, bfloat16, float16, got 'int8'"):
         in_precision(float_model(), "int8")

@@ -11,7 +11,7 @@ from qat.errors import ModelError
 
 layers = tf_keras.layers
 # `once(layer, suffix, make)`: a layer made from another one, shared by all calls of that one.
-Once = Callable[[layers.Layer, str, Callable[[str], layers.Layer]], layers.Layer]
+Once = Callable[..., layers.Layer]
 _OVER_TIME = (layers.Dense, layers.Activation, layers.ReLU, layers.Dropout, layers.Conv2D)
 
 
@@ -64,5 +64,5 @@ def without_time(
             config["activation"] = "linear"
         return type(inner).from_config(config)
 
-    made = once(layer, "each", make)
+    made = once(layer, "each", make, inner)
     return made, lambda: made.set_weights(inner.get_weights())

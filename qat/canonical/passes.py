@@ -77,22 +77,29 @@ class _Rewriter:
             for call in calls(model)
             if not attention.takes_apart(call.layer, *call.arguments)
         }
+        self.called = {id(call.layer) for call in calls(model)}
+        made = {id(layer): _activity_layer(layer) for layer in model.layers}
+        self.regularized = {key: make for key, make in made.items() if make is not None}
 
     def visit(self, call: Call, args: tuple, kwargs: dict) -> Any:
-        layer = call.layer
+        y = self.rewritten(call.layer, args, kwargs, len(call.inputs))
+        if id(call.layer) not in self.regularized:
+            return y
+        # Of the whole layer's output, behind its activation.
+        return self.once(call.layer, "activity", self.regularized[id(call.layer)])(y)
+
+    def rewritten(self, layer: layers.Layer, args: tuple, kwargs: dict, num_inputs: int) -> Any:
+        """The new model's output of one call."""
         if type(layer) in _SEPARABLE:
             return self.split_separable(layer, args[0])
-        if type(layer) in _OF_MANY and len(call.inputs) > 2:
+        if type(layer) in _OF_MANY and num_inputs > 2:
             return self.split_pairs(layer, args[0])
         if composites.is_swish(layer):
             return composites.split_swish(layer, args[0], self.once)
         if type(layer) is layers.Average:
             return composites.split_average(layer, args[0], self.once)
         if isinstance(layer, layers.TimeDistributed):
-            inner, set_weights = composites.without_time(layer, self.once)
-            self.split_weights.append(set_weights)
-            x = inner(args[0])
-            return x if composites.is_linear(layer.layer) else self.activated(layer, x, layer.layer)
+            return self.without_time(layer, args[0])
         if type(layer) in attention.KINDS and id(layer) not in self.whole:
             x, setters = attention.take_apart(layer, args, kwargs, self.once)
             self.split_weights += setters
@@ -101,7 +108,24 @@ class _Rewriter:
             return self.split_activation(layer, args[0])
         if type(layer) is layers.Activation:
             return self.one_spelling(layer)(args[0])
-        return self.copies(layer)(*args, **kwargs)
+        return self.copied(layer)(*args, **kwargs)
+
+    def copied(self, layer: layers.Layer) -> layers.Layer:
+        """The layer's copy, whose outputs something else regularizes."""
+        copy = self.copies(layer)
+        if id(layer) in self.regularized:
+            copy.activity_regularizer = None
+        return copy
+
+    def without_time(self, layer: layers.TimeDistributed, x: Any) -> Any:
+        """TimeDistributed → the layer that it repeats, the same one if that is called alone too."""
+        inner = layer.layer
+        if id(inner) in self.called:
+            return self.rewritten(inner, (x,), {}, 1)
+        made, set_weights = composites.without_time(layer, self.once)
+        self.split_weights.append(set_weights)
+        x = made(x)
+        return x if composites.is_linear(inner) else self.activated(layer, x, inner)
 
     def one_spelling(self, layer: layers.Activation) -> layers.Layer:
         """Activation(f) → Activation(Keras's f), or the layer that f is one."""
@@ -114,7 +138,7 @@ class _Rewriter:
 
     def split_activation(self, layer: layers.Layer, x: Any) -> Any:
         """layer(activation=f) → layer, Activation(f)."""
-        linear = self.copies(layer)
+        linear = self.copied(layer)
         linear.activation = tf_keras.activations.linear
         return self.activated(layer, linear(x))
 
@@ -157,18 +181,40 @@ class _Rewriter:
         return made(x)
 
     def once(
-        self, layer: layers.Layer, suffix: str, make: Callable[[str], layers.Layer]
+        self,
+        layer: layers.Layer,
+        suffix: str,
+        make: Callable[[str], layers.Layer],
+        of: layers.Layer | None = None,
     ) -> layers.Layer:
-        """A layer made from another one, shared by all calls of that one."""
-        key = id(layer), suffix
+        """A layer made from another one (or from `of`, inside of it), shared by all its calls."""
+        of = of or layer
+        key = id(of), suffix
         if key not in self.made:
             name = f"{layer.name}_{suffix}"
             while name in self.origins:
                 name += "_"
             self.origins[name] = self.origins.get(layer.name, layer.name)
             self.made[key] = make(name)
-            self.made[key].trainable = layer.trainable
+            self.made[key].trainable = of.trainable
         return self.made[key]
+
+
+def _activity_layer(layer: layers.Layer) -> Callable[[str], layers.Layer] | None:
+    """What makes the layer that regularizes the outputs of this one; None if nothing does."""
+    inner = layer.layer if isinstance(layer, layers.TimeDistributed) else layer
+    regularizer = getattr(inner, "activity_regularizer", None)
+    if regularizer is None or type(inner) not in (*_WITH_ACTIVATION, *_SEPARABLE):
+        return None
+    config = regularizer.get_config()
+    if inner is not layer or set(config) - {"l1", "l2"}:
+        raise ModelError(
+            f"layer {layer.name!r} has the activity_regularizer {type(regularizer).__name__}; only "
+            "l1 and l2 can be kept, and none over time: put ActivityRegularization behind the layer"
+        )
+    return lambda name: layers.ActivityRegularization(
+        **{key: float(value) for key, value in config.items()}, name=name
+    )
 
 
 def _activation_layer(function: Any, name: str) -> layers.Layer:
@@ -219,6 +265,5 @@ def _pointwise_half(layer: layers.Layer, name: str) -> layers.Layer:
         bias_initializer=layer.bias_initializer,
         bias_regularizer=layer.bias_regularizer,
         bias_constraint=layer.bias_constraint,
-        activity_regularizer=layer.activity_regularizer,
         name=name,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import tf_keras
@@ -21,6 +23,17 @@ def in_float32(model: tf_keras.Model) -> tf_keras.Model:
         others[0].dtype_policy.name,
     )
     return _copy(model)
+
+
+@contextlib.contextmanager
+def made_in_float32() -> Iterator[None]:
+    """Inside, new layers compute in float32, whatever the global policy of mixed precision."""
+    before = tf_keras.mixed_precision.global_policy()
+    tf_keras.mixed_precision.set_global_policy("float32")
+    try:
+        yield
+    finally:
+        tf_keras.mixed_precision.set_global_policy(before)
 
 
 def _is_float32(layer: tf_keras.layers.Layer) -> bool:
