@@ -47,9 +47,9 @@ class QuantizeJob(QatJob):
     custom_objects: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allow_unsafe_deserialization: bool = False
 
-    def float_model_is_given(self) -> bool:
+    def given_model(self) -> tuple[str, str]:
         """As `QatJob`'s."""
-        return True
+        return "--model_path", self.model_path
 
 
 def run(job: QuantizeJob) -> dict[str, Any]:

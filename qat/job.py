@@ -63,11 +63,11 @@ class QatJob:
         """How the quantized model is trained."""
         overrides = {"learning_rate": self.qat_learning_rate, "distill": self.distill}
         given = {name: value for name, value in overrides.items() if value is not None}
-        best = recommended(self.recipe, converged=self.float_model_is_given())
+        best = recommended(self.recipe, converged=self.given_model() is not None)
         return dataclasses.replace(self.settings or best, **given)
 
-    def float_model_is_given(self) -> bool:
-        """Whether the float model is a file, not trained by this job."""
+    def given_model(self) -> tuple[str, str] | None:
+        """(flag, path) of the float model's file; None if this job trains it."""
         raise NotImplementedError
 
     def has_bits(self, bits: int) -> bool:

@@ -25,6 +25,7 @@ FILES = (
     "model.cc",
     "model.h",
     "recipe.json",
+    "run.json",
     "report.json",
     "report.md",
     *figures.NAMES,
@@ -86,10 +87,24 @@ def run_folder(path: pathlib.Path, *, wanted: bool = True) -> Iterator[None]:
         yield
 
 
+def require_input_elsewhere(path: pathlib.Path, given: str, flag: str) -> None:
+    """Refuses an input that is one of the folder's own files, which a run removes first.
+
+    Raises:
+        UserError: it is.
+    """
+    places = {place.resolve() for place in (pathlib.Path(given), *pathlib.Path(given).parents)}
+    if not places.isdisjoint((path / name).resolve() for name in (*FILES, *FOLDERS)):
+        raise UserError(
+            f"{flag}={given} is a file that a run with --output_dir={path} replaces; take another "
+            "folder, or move the file"
+        )
+
+
 def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
     """Removes what an earlier run left, or makes sure that it is this run that is resumed.
 
-    What a run was started with is kept with its checkpoints.
+    What a run was started with is kept in run.json.
 
     Args:
         flags: {name: what JSON can hold}, all that the trained weights depend on.
@@ -97,7 +112,7 @@ def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
     Raises:
         UserError: the run that is resumed was started with another flag.
     """
-    file = path / "checkpoints" / "run.json"
+    file = path / "run.json"
     flags = json.loads(json.dumps(flags))
     if not resume:
         clear(path)
@@ -111,7 +126,6 @@ def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
                     "same flags, or another --output_dir"
                 )
         return
-    file.parent.mkdir(exist_ok=True)
     write_whole(file, json.dumps(flags).encode())
 
 

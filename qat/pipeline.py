@@ -30,9 +30,9 @@ class Job(QatJob):
     float_epochs: int | None = None
     learning_rate: float = 1e-3  # of the float training
 
-    def float_model_is_given(self) -> bool:
+    def given_model(self) -> tuple[str, str] | None:
         """As `QatJob`'s."""
-        return self.float_model is not None
+        return None if self.float_model is None else ("--float_model", self.float_model)
 
 
 def run(job: Job) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from qat.files import write_whole
 from qat.forward import predictor
 from qat.job import QatJob
 from qat.objective import Objective, ends_in_softmax
-from qat.output import begin, drop_checkpoints, run_folder
+from qat.output import begin, drop_checkpoints, require_input_elsewhere, run_folder
 from qat.recommended import train_quantized
 from qat.report import write_reports
 from qat.saving import load_quantized_model, load_recipe_of, save_model
@@ -61,11 +61,15 @@ def run_in_folder(job: QatJob, kind: type[QatRun]) -> dict[str, Any] | None:
     if job.target == "lce":
         larq.require_python()  # before training, not after it
     devices.require_legal(job.strategy, job.batch_size, job.jit_compile, job.mixed_precision)
+    if (given := job.given_model()) is not None:
+        require_input_elsewhere(job.output_dir, given[1], given[0])
     chief = is_chief(job.strategy)
     with run_folder(job.output_dir, wanted=chief):
         prepared = kind(job)
         if chief:
             begin(job.output_dir, job.flags(), resume=job.resume)
+            # At once, since it may have come from there.
+            write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
         prepared.train_float_model()
         prepared.train_qat_model()
         return prepared.finish() if chief else None
@@ -165,7 +169,6 @@ class QatRun:
         self.float_model, self.qat_model = local(self.float_model), local(self.qat_model)
         if self.writes:
             save_model(self.qat_model, job.output_dir / "qat_model.keras", recipe=job.recipe)
-            write_whole(job.output_dir / "recipe.json", job.recipe.to_json().encode())
 
     def settings(self) -> TrainSettings:
         """Of the quantized training."""

@@ -15,7 +15,7 @@ import qat
 from qat import pipeline, strict, train
 from qat import recommended as recommended_module
 from qat.augmentation import Augmentation
-from qat.errors import QatError
+from qat.errors import QatError, UserError
 from qat.pipeline import Job
 from qat.recipe import Recipe
 from qat.saving import load_recipe_of
@@ -30,6 +30,7 @@ OUTPUTS = {
     "qat_model.keras",
     "model.tflite",
     "recipe.json",
+    "run.json",
     "report.json",
     "report.md",
     "differences.png",
@@ -427,7 +428,9 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(run, tints, tmp_path,
         cut_off_in("qat", patch, at_step=4)
         with pytest.raises(CutOff):
             pipeline.run(same)
-    assert names(tmp_path) == {"float_model.keras", "checkpoints", "tensorboard"}
+    assert names(tmp_path) == {
+        *("float_model.keras", "checkpoints", "tensorboard", "recipe.json", "run.json")
+    }
 
     monkeypatch.setattr(models, "build", None)  # the float model is there already
     pipeline.run(dataclasses.replace(same, resume=True))
@@ -447,6 +450,25 @@ def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_file(
     again = job(tints, calibrated, float_epochs=0, qat_epochs=0, io="uint8", resume=True)
     pipeline.run(again)
     assert (calibrated / "model.tflite").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ({"seed": 1}, {"learning_rate": 0.5}))
+def test_resuming_a_finished_run_with_another_flag_is_refused(changed, calibrated, tints):
+    asked = job(tints, calibrated, **changed, float_epochs=0, qat_epochs=0, resume=True)
+    (name,) = changed
+    with pytest.raises(UserError, match=f"--resume: .* was started with --{name}="):
+        pipeline.run(asked)
+
+
+@pytest.mark.parametrize("name", ("float_model.keras", "tensorboard/mine.keras"))
+def test_a_model_in_the_way_of_a_runs_files_is_refused_and_stays(name, tints, tmp_path):
+    given = tmp_path / "out" / name
+    given.parent.mkdir(parents=True)
+    given.write_text("a model")
+    asked = job(tints, tmp_path / "out", float_model=f"{tmp_path}/./out/{name}")
+    with pytest.raises(UserError, match="--float_model=.* is a file that a run with --output_dir"):
+        pipeline.run(asked)
+    assert given.read_text() == "a model"
 
 
 @pytest.mark.parametrize("changed", ({"recipe": "w4a8"}, {"model": "lenet"}))

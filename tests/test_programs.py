@@ -384,6 +384,7 @@ def test_train_leaves_a_whole_output_folder(results):
         "qat_model.keras",
         "model.tflite",
         "recipe.json",
+        "run.json",
         "report.json",
         "report.md",
         "differences.png",

@@ -9,8 +9,8 @@ The .npz holds x (or one array for each input, by its name) and, for training, y
 output). A fifth of its examples is held out for the report. Without y, --qat_epochs=N trains the
 quantized model to give what the float model gives.
 
-The output folder receives qat_model.keras, model.tflite, recipe.json, report.json, report.md and
-TensorBoard events.
+The output folder receives qat_model.keras, model.tflite, recipe.json, run.json, report.json,
+report.md and TensorBoard events.
 """
 
 from __future__ import annotations

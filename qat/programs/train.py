@@ -4,7 +4,7 @@ Example:
   qat-train --dataset=digits --model=cnn5 --recipe=w8a8 --output_dir=runs/digits
 
 The output folder receives float_model.keras, qat_model.keras, model.tflite, recipe.json,
-report.json, report.md and TensorBoard events.
+run.json, report.json, report.md and TensorBoard events.
 """
 
 from __future__ import annotations
