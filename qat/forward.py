@@ -39,8 +39,7 @@ def infer(call: Call, args: tuple, kwargs: dict) -> Any:
 
 def in_mode(call: Call, args: tuple, kwargs: dict, *, training: bool) -> Any:
     """Calls the layer in training or in inference, unless the model's builder chose one for it."""
-    if call.layer._expects_training_arg and call.chosen_mode is None:
-        kwargs = {**kwargs, "training": training}
+    args, kwargs = call.in_mode(args, kwargs, training)
     return call.layer(*args, **kwargs)
 
 

@@ -477,7 +477,7 @@ def attempts(monkeypatch, digits):
             weight_bytes_in_theory=False,
             file_bytes=2000,
             seconds=1.0,
-            settings=Candidate.parse(job.run.method).terms() if job.run.recipe else {},
+            settings=Candidate.parse(job.run.method).trained_with() if job.run.recipe else {},
         )
 
     monkeypatch.setattr(networks, "outcome", outcome)

@@ -483,18 +483,16 @@ def test_a_rescaling_that_kernels_read_at_several_widths(folder, pool):
         return layers.Dense(3)(layers.Flatten()(layers.Add()(branches)))
 
     four = qat.TensorSpec(bits=4)
-    rules = (
-        qat.Rule(layer="four", weights=four, activations=four),
-        *qat.Recipe.from_name("w8a8").rules,
-    )
-    recipe = qat.Recipe(name="mine", rules=rules)
+    rule = qat.Rule(layer="four", weights=four, activations=four)
+    recipe = qat.Recipe.from_name("w8a8").with_rules(rule)
     pixels = np.random.default_rng(0).uniform(0, 255, (16, *IMAGE)).astype(np.float32)
     model = small_models.model_of(net, IMAGE)
     model = small_models.quantized(model, recipe, [pixels], input_range=(0, 255))
     path = qat.export_tflite(model, folder / f"widths{pool}.tflite")
     assert read_file(path).float_operators() == []
     assert integer_mismatches(model, read_file(path)) == []
-    assert steps_apart(model, path, [pixels], "default").max() <= 2
+    for kernels in small_models.KERNELS:
+        assert np.rint(steps_apart(model, path, [pixels], kernels)).max() <= 1
 
 
 def test_the_sign_of_an_average(folder):
@@ -510,6 +508,8 @@ def test_the_sign_of_an_average(folder):
     path = qat.export_tflite(model, folder / "sign_of_average.tflite")
     assert read_file(path).float_operators() == []
     assert integer_mismatches(model, read_file(path)) == []
+    for kernels in small_models.KERNELS:
+        assert np.rint(steps_apart(model, path, data, kernels)).max() <= 1
 
 
 def test_slopes_that_maps_of_two_sizes_share(folder):

@@ -580,7 +580,7 @@ def test_recipes_need_no_tensorflow(module):
 
 
 def test_every_branch_has_a_first_and_a_last_layer():
-    """Two stems, a trunk and three heads, one of them behind a softmax's sister layer."""
+    """Two stems, a trunk and three heads, one of which reads an input, too."""
     inputs = [tf_keras.Input((8, 8, 3), name=name) for name in ("left", "right")]
     stems = [layers.Conv2D(4, 3, name=f"stem{i}")(layers.ReLU()(x)) for i, x in enumerate(inputs)]
     x = layers.Conv2D(4, 3, activation="relu", name="trunk")(layers.Add()(stems))

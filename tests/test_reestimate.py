@@ -69,7 +69,7 @@ def test_a_call_in_inference_keeps_its_statistics(arguments):
     """The idiom of fine-tuning, for a pretrained part that is trainable otherwise."""
     x, args, kwargs = tf_keras.Input((6,)), *arguments
     kept, free = layers.BatchNormalization(name="kept"), layers.BatchNormalization(name="free")
-    model = tf_keras.Model(x, free(kept(x, *args, **kwargs)))
+    model = tf_keras.Model(x, free(kept(x, *args, **kwargs), None))
     rng = np.random.default_rng(1)
     kept.set_weights([rng.uniform(0.5, 1.5, 6) for _ in range(4)])
     before, (gamma, beta, mean, variance) = kept.get_weights(), kept.get_weights()

@@ -61,7 +61,8 @@ class _Benchmark:
 
     def run(self) -> dict[str, Any]:
         seeds = dict.fromkeys(run.seed for run in self.runs)
-        self.try_recipes(quantize=not all(self.store.float_model(seed).exists() for seed in seeds))
+        if not all(self.store.float_model(seed).exists() for seed in seeds):
+            self.try_recipes()
         self.store.make()
         for seed in seeds:
             self.make_float_model(seed, wait=False)
@@ -72,19 +73,18 @@ class _Benchmark:
         self.require_success()
         return content
 
-    def try_recipes(self, *, quantize: bool) -> None:
-        """Raises what settings, or quantizing, would raise: before minutes of float training."""
+    def try_recipes(self) -> None:
+        """Raises what quantizing would raise: before minutes of float training."""
         for candidate in map(Candidate.parse, self.plan.recipes):
-            candidate.settings()
-            if quantize:
-                quantize_model(self.untrained(), candidate.recipe, input_range=networks.PIXEL_RANGE)
+            quantize_model(self.untrained(), candidate.recipe, input_range=networks.PIXEL_RANGE)
 
     def require_same_settings(self) -> None:
         """Raises if finished runs of our recipes were trained otherwise than they would be today.
 
-        A recipe's file, or the recommended settings of its name, may have changed since.
+        A recipe's file, or the recommended settings of its name, may have changed since. Settings
+        that are none are found here, too.
         """
-        today = {one.text: one.terms() for one in map(Candidate.parse, self.plan.recipes)}
+        today = {one.text: one.trained_with() for one in map(Candidate.parse, self.plan.recipes)}
         for result in self.store.results():
             if result["error"] or result["source"] != "qat" or result["method"] not in today:
                 continue

@@ -82,14 +82,13 @@ class Candidate:
         values = {key: self._value(key, text, hints[key]) for key, text in own.items()}
         return dataclasses.replace(recommended(self.recipe), **values)
 
-    def terms(self) -> dict[str, Any]:
-        """What decides how it is trained, its epochs aside, as JSON gives it back.
+    def trained_with(self) -> dict[str, Any]:
+        """Recipe and settings, for JSON: what decides how it is trained, its epochs aside.
 
         Raises:
             UserError: as `settings`.
         """
-        recipe = json.loads(self.recipe.to_json())
-        return {**json.loads(json.dumps(self.settings().to_dict())), "recipe": recipe}
+        return {**self.settings().to_dict(), "recipe": json.loads(self.recipe.to_json())}
 
     def _value(self, key: str, text: str, hint: Any) -> Any:
         """A setting's value from JSON's spelling or Python's."""

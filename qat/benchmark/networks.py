@@ -145,7 +145,7 @@ def _of_ours(job: Job) -> Outcome:
         write=lambda path: export_tflite(model, path),
         seconds=seconds,
         weight_bytes=measure.packed_weight_bytes(job.float_model, lambda layer: bits[layer.name]),
-        settings=candidate.terms(),
+        settings=candidate.trained_with(),
     )
 
 

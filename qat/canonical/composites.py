@@ -10,7 +10,8 @@ import tf_keras
 from qat.errors import ModelError
 
 layers = tf_keras.layers
-# `once(layer, suffix, make)`: a layer made from another one, shared by all calls of that one.
+# `once(layer, suffix, make, of=layer)`: a layer made from `of`, shared by all calls of that one and
+# named after `layer`.
 Once = Callable[..., layers.Layer]
 _OVER_TIME = (layers.Dense, layers.Activation, layers.ReLU, layers.Dropout, layers.Conv2D)
 

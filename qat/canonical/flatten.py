@@ -60,9 +60,8 @@ class _Flattening:
         training = kwargs.get("training", args[1] if len(args) > 1 else None)
 
         def visit(call: Call, args: tuple, kwargs: dict) -> Any:
-            takes = call.layer._call_spec.expects_training_arg and call.chosen_mode is None
-            if training is not None and takes:
-                kwargs = {**kwargs, "training": training}
+            if training is not None:
+                args, kwargs = call.in_mode(args, kwargs, training)
             return self._call(call.layer, path, args, kwargs)
 
         given = args[0] if args else kwargs["inputs"]

@@ -42,6 +42,13 @@ class Call:
             )
         return self.outputs[0]
 
+    def in_mode(self, args: tuple, kwargs: dict, training: bool) -> tuple[tuple, dict]:
+        """These arguments with the mode, if the layer knows modes and its builder chose none."""
+        spec = self.layer._call_spec
+        if not spec.expects_training_arg or self.chosen_mode is not None:
+            return args, kwargs
+        return spec.set_arg_value("training", training, args, {**kwargs}, inputs_in_args=True)
+
     @property
     def chosen_mode(self) -> bool | None:
         """Whether the model's builder calls the layer in training or inference; None = neither."""

@@ -86,10 +86,8 @@ class _Rewriting:
             if layer.name in self.reasons:
                 kind, advice = type(layer).__name__, ""
                 if is_operator_call(layer):
-                    kind, advice = (
-                        f"a call of tf.{operator_symbol(layer)}",
-                        "; use a layer, or constants",
-                    )
+                    kind = f"a call of tf.{operator_symbol(layer)}"
+                    advice = "; use a layer, or constants"
                 raise ModelError(
                     f"layer {layer.name!r} ({kind}) cannot be quantized: "
                     f"{self.reasons[layer.name]}{advice}"
