@@ -120,6 +120,12 @@ class QuantizeRun(QatRun):
             count += len(x[0])
         return {"loss": {name: total / count for name, total in sums.items()}}
 
+    def verified_on(self) -> tf.data.Dataset:
+        """As `QatRun`'s; what the float model gives is no target of the user's."""
+        if self.targets_are_given:
+            return self.data.test
+        return dataclasses.replace(self.data, y=()).test
+
     def _take_images(self, model: tf_keras.Model) -> None:
         """Images of a TFDS dataset, resized to what the model takes."""
         job = self.job
@@ -135,7 +141,7 @@ class QuantizeRun(QatRun):
         self.input_range = job.input_range or PIXEL_RANGE
         self.float_model = _with_fixed_inputs(model, [images.spec.image_shape[:2]])
         self.data = ModelImages(images, self.float_model, self.input_range, job.loss)
-        self.objective = self.data.objective
+        self.objective, self.targets_are_given = self.data.objective, True
         self.test_has_targets = not self.data.has_classes
 
     def _take_arrays(self, model: tf_keras.Model) -> None:
@@ -145,6 +151,7 @@ class QuantizeRun(QatRun):
         )
         self.float_model = _with_fixed_inputs(model, [array.shape[1:] for array in data.x])
         data = dataclasses.replace(data, model=self.float_model)
+        self.targets_are_given = bool(data.y)
         if job.input_range is None and all(array.dtype == np.uint8 for array in data.x):
             self.input_range = PIXEL_RANGE
         self.data, self.objective = _with_objective(job, data, f"{flag}={job.calibration_data}")

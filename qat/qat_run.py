@@ -112,7 +112,7 @@ class QatRun:
             path = export_tflite(self.qat_model, job.output_dir / "model.tflite", **options)
             arena = arena_bytes(path) if find_target(job.target).arena else None
         with self.timed("verify"):
-            found = verify_tflite(path, self.qat_model, self.data.test)
+            found = verify_tflite(path, self.qat_model, self.verified_on())
             report = with_evidence(
                 self.report(found, arena) | self.more(path),
                 found,
@@ -127,6 +127,10 @@ class QatRun:
     def quantized(self) -> tf_keras.Model:
         with self.job.strategy.scope():
             return quantize_model(self.float_model, self.job.recipe, input_range=self.input_range)
+
+    def verified_on(self) -> tf.data.Dataset:
+        """Batches of the test part, with labels or targets if they were given."""
+        return self.data.test
 
     def more(self, path: pathlib.Path) -> dict[str, Any]:
         """What this kind of job adds to the report."""
@@ -254,5 +258,6 @@ def _accuracy(model: tf_keras.Model, dataset: tf.data.Dataset) -> float:
     metric = tf_keras.metrics.SparseCategoricalAccuracy()
     predict = predictor(model)
     for x, y in dataset:
-        metric.update_state(y, predict(x))
+        outputs = predict(x)
+        metric.update_state(tf.argmax(y, -1) if y.shape == outputs.shape else y, outputs)
     return float(metric.result())

@@ -92,8 +92,9 @@ KINDS = tuple(kernel_layers(None))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_computes_what_was_trained(kind, activation, recipe, storage, tmp_path):
     """At most 1 code of 10,000 differs on LiteRT's default kernels, packed or not, where float32
-    sums come near a half (5 of 8 bits without a ReLU, where the second rounding of fine steps is
-    left as it is); the simulator gives the reference kernels' codes."""
+    sums come near a half (5 of 8 bits without a ReLU, as that between a separable layer's two
+    kernels, where the second rounding of fine steps is left as it is); the simulator gives the
+    reference kernels' codes."""
     if kind == "separable" and recipe == "w2a16":
         pytest.skip("two kernels, and the bound for 16 bits is that of one")
     layer = kernel_layers(activation)[kind]
@@ -115,7 +116,7 @@ def test_the_file_computes_what_was_trained(kind, activation, recipe, storage, t
         assert np.rint(difference).max() <= 2
         assert (difference > 0.5).mean() <= np.abs(expected / step).mean() / 2**15 + 1e-3
     else:
-        allowed = 5e-4 if activation is None else 1e-4
+        allowed = 5e-4 if activation is None or kind == "separable" else 1e-4
         assert difference.max() < 1.5 and (difference > 0.5).mean() <= allowed
     np.testing.assert_array_equal(simulate(path, *data)[0], outputs["reference"])
 

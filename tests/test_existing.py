@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import small_models
 import tensorflow as tf
 import tf_keras
 
@@ -11,6 +12,7 @@ from qat import existing
 from qat.errors import QatError
 from qat.existing import QuantizeJob
 from qat.recipe import Recipe
+from qat.report import summary
 from qat.settings import recommended
 from qat.verify.interpreter import Runner
 
@@ -133,6 +135,44 @@ def test_a_classifier_of_several_inputs(as_dictionary, files, tmp_path):
     assert report["accuracy"]["float"] == pytest.approx(expected)
 
 
+def vectors(folder, target):
+    """A network of four numbers for an image, and its data; target: a function of the images."""
+    inputs = layers.Input((8, 8, 3))
+    outputs = layers.Dense(4)(layers.Flatten()(layers.Conv2D(4, 3, activation="relu")(inputs)))
+    tf_keras.Model(inputs, outputs).save(folder / "vectors.keras")
+    images = np.random.default_rng(0).random((40, 8, 8, 3), np.float32)
+    y = {} if target is None else {"y": target(images)}
+    np.savez(folder / "vectors.npz", x=images, **y)
+
+
+def test_four_numbers_are_no_classes(tmp_path):
+    vectors(tmp_path, lambda images: images.mean((1, 2))[:, [0, 1, 2, 0]])
+    names = ("vectors.keras", "vectors.npz")
+    report = run(tmp_path, tmp_path, *names, qat_epochs=1, loss=("mean_squared_error",))
+    assert report["agreement"] is None and set(report["accuracy"].values()) == {None}
+    assert "; same class" not in summary(report)
+
+
+def test_one_hot_targets_are_classes(tmp_path):
+    vectors(tmp_path, lambda images: np.eye(4)[np.arange(len(images)) % 4])
+    names = ("vectors.keras", "vectors.npz")
+    losses = ("categorical_crossentropy",)
+    report = run(tmp_path, tmp_path, *names, qat_epochs=0, loss=losses)
+    held_out = np.random.default_rng(0).permutation(40)[:8]
+    with np.load(tmp_path / "vectors.npz") as data:
+        picked = tf_keras.models.load_model(tmp_path / "vectors.keras")(data["x"][held_out])
+        expected = (picked.numpy().argmax(-1) == data["y"][held_out].argmax(-1)).mean()
+    assert report["accuracy"]["float"] == pytest.approx(expected)
+    assert report["loss"]["qat"] > 0
+
+
+def test_what_the_float_model_gives_is_no_target_to_judge_by(tmp_path):
+    vectors(tmp_path, None)
+    report = run(tmp_path, tmp_path, "vectors.keras", "vectors.npz", qat_epochs=1)
+    assert report["agreement"] is not None and report["accuracy"]["tflite"] is None
+    assert report["loss"]["tflite"] > 0
+
+
 @pytest.mark.slow
 def test_without_targets_it_is_calibrated_alone(files, tmp_path):
     report = run(files, tmp_path, "regression.keras", "inputs.npz", qat_epochs=None)
@@ -142,12 +182,16 @@ def test_without_targets_it_is_calibrated_alone(files, tmp_path):
 
 @pytest.mark.slow
 def test_without_targets_it_learns_what_the_float_model_gives(files, tmp_path):
-    fields = {"recipe": Recipe.from_name("w2a8"), "qat_learning_rate": 3e-3}
-    names = ("regression.keras", "inputs.npz")
-    before = run(files, tmp_path / "a", *names, **fields, qat_epochs=1)
-    after = run(files, tmp_path / "b", *names, **fields, qat_epochs=15)
-    distance = [each["loss"]["qat"] - each["loss"]["float"] for each in (before, after)]
-    assert 0 < distance[1] < 0.7 * distance[0]
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(400, 8)), rng.normal(size=(400, 6, 4))
+    np.savez(files / "more.npz", first=first, second=second)
+    names, recipe = ("regression.keras", "more.npz"), small_models.everywhere("w2a8")
+    distance = []
+    for rate in (1e-9, 3e-3):
+        folder, fields = tmp_path / str(rate), {"recipe": recipe, "qat_learning_rate": rate}
+        loss = run(files, folder, *names, **fields, qat_epochs=1)["loss"]
+        distance.append(loss["qat"] - loss["float"])
+    assert 0 < distance[1] < 0.85 * distance[0]
 
 
 def test_bytes_in_the_file_are_bytes_in_the_model(files, tmp_path):

@@ -44,8 +44,11 @@ def random_inputs(model, seed=1):
     return keras.tree.map_structure(draw, inputs)
 
 
-def converts(model, **options):
-    """Converts, compares the outputs of both, and gives the tf_keras model."""
+def converts(model, *, tolerance=None, **options):
+    """Converts, compares the outputs of both, and gives the tf_keras model.
+
+    tolerance: of the largest output, a function of the model and its inputs.
+    """
     randomize(model)
     converted = qat.load_model(model, **options)
     assert isinstance(converted, tf_keras.Model)
@@ -53,11 +56,12 @@ def converts(model, **options):
     expected, got = model(x, training=False), converted(x, training=False)
     keras.tree.assert_same_structure(expected, got)
     outputs = zip(keras.tree.flatten_with_path(expected), keras.tree.flatten(got), strict=True)
+    allowed = tolerance(model, x) if tolerance else TOLERANCE
     for (path, one), other in outputs:
         one, other = np.asarray(one), np.asarray(other)
         assert one.dtype.kind == other.dtype.kind and one.shape == other.shape, path
         largest = np.abs(one).max() + 1e-30
-        np.testing.assert_allclose(other, one, rtol=0, atol=TOLERANCE * largest, err_msg=str(path))
+        np.testing.assert_allclose(other, one, rtol=0, atol=allowed * largest, err_msg=str(path))
     return converted
 
 
@@ -498,13 +502,36 @@ CONSTRUCTORS = sorted(name for name in dir(keras.applications) if name[0].isuppe
 SMALLEST = {"InceptionResNetV2": 75, "InceptionV3": 75, "Xception": 71}
 
 
+def float32_noise(build, model, x):
+    """Three times how far float32 takes Keras 3's own output from float64's, at least TOLERANCE.
+
+    Deep networks of random weights enlarge the last bits of their sums: EfficientNetV2B3 by 5e-4.
+    """
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        exact = build()
+        exact.set_weights(model.get_weights())
+        expected = np.asarray(exact(x.astype(np.float64), training=False))
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    distance = np.abs(np.asarray(model(x, training=False)) - expected).max()
+    return max(TOLERANCE, 3 * float(distance / np.abs(expected).max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONSTRUCTORS)
 def test_an_application_computes_the_same(name):
     size = SMALLEST.get(name, 32)
-    build = getattr(keras.applications, name)
-    model = build(weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None)
-    converted = converts(model)
+
+    def build():
+        shape = (size, size, 3)
+        application = getattr(keras.applications, name)
+        return application(weights=None, input_shape=shape, classes=10, classifier_activation=None)
+
+    model = build()
+    converted = converts(model, tolerance=lambda model, x: float32_noise(build, model, x))
     kept = {operation.name for operation in model.operations}
     assert kept <= {layer.name for layer in converted.layers}
     del model, converted

@@ -16,6 +16,7 @@ from qat.errors import QatError
 from qat.tflite_file import FileError, read_file
 from qat.verify.evaluate import evaluate_tflite
 from qat.verify.interpreter import Runner
+from qat.verify.outputs import Output
 
 IMAGE = (8, 8, 1)
 
@@ -96,6 +97,43 @@ def test_without_labels(model, paths, pixels):
     found = qat.verify_tflite(paths["float32"], model, dataset(pixels), layer_examples=0)
     assert found.accuracy is None and found.model_accuracy is None
     assert found.agreement is not None and found.num_examples == 50
+
+
+def test_targets_say_whether_the_output_is_of_classes(model, paths, pixels):
+    """One-hot and soft ones do; values, and several classes at once, do not."""
+    picked = reals(paths["float32"], pixels).argmax(1)
+    one_hot = np.eye(10, dtype=np.float32)[picked]
+    one_hot[::5] = np.roll(one_hot[::5], 1, axis=1)
+    several = np.maximum(one_hot, np.roll(one_hot, 1, axis=1))
+    values = np.random.default_rng(0).normal(size=one_hot.shape)
+    found = [
+        qat.verify_tflite(paths["float32"], model, dataset(pixels, targets), layer_examples=0)
+        for targets in (one_hot, 0.8 * one_hot + 0.02, several, values)
+    ]
+    assert [each.accuracy for each in found] == [40 / 50, None, None, None]
+    assert found[0].model_accuracy is not None
+    agreement = qat.verify_tflite(
+        paths["float32"], model, dataset(pixels), layer_examples=0
+    ).agreement
+    assert [each.agreement for each in found] == [agreement, agreement, None, None]
+
+
+def test_a_single_example_has_a_ratio(paths, pixels):
+    """Its mean over the examples is itself, and leaves no signal."""
+    net = small_models.model_of(classifier, IMAGE, seed=9)
+    other = small_models.quantized(net, "w4a8", [pixels], input_range=(0, 255))
+    x = pixels[:1]
+    expected, actual = other(x, training=False).numpy(), reals(paths["float32"], x)
+    found = qat.verify_tflite(paths["float32"], other, dataset(x), layer_examples=0)
+    ratio = 10 * np.log10(np.square(expected).sum() / np.square(expected - actual).sum())
+    np.testing.assert_allclose(found.output_snr_db, ratio, rtol=1e-3)
+
+
+def test_a_ratio_without_signal_or_difference():
+    ones, zeros = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)
+    assert Output("y", None, ones, ones).snr_db() == float("inf")
+    assert Output("y", None, zeros, ones).snr_db() == float("-inf")
+    np.testing.assert_allclose(Output("y", None, ones, 0.9 * ones).snr_db(), 20, rtol=1e-4)
 
 
 def test_batches_of_one_element_tuples(model, paths, pixels):

@@ -109,7 +109,7 @@ def test_other_targets_read_less(two_bits):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["litert", "tflm", "lce"])
 @pytest.mark.parametrize(
-    "how", ["w8a8", "w4a8", "w3a8", "wta8", "wta8-ttq", "w3a8-dorefa", "w1a8", "w1a1", "w4a16"]
+    "how", ["w8a8", "w4a8", "w3a8", "wta8", "wta8-ttq", "w3a4-dorefa", "w1a8", "w1a1", "w4a16"]
 )
 def test_what_the_export_chooses_is_never_too_wide(how, target, tmp_path):
     model, file = exported(how, tmp_path, target=target)

@@ -31,10 +31,12 @@ class Verification:
         mismatches: what differs, one line each.
         num_examples: how many were compared.
         agreement: share of examples on which file and model pick the same class; None unless the
-            output is one vector of classes.
-        accuracy, model_accuracy: of file and model on the labels; None without labels.
-        output_snr_db: signal (about its mean over the examples) against the file's difference
-            from the model, least of all outputs; infinite when they are equal.
+            output is one vector of classes: targets of its shape that are no probabilities say that
+            it is not.
+        accuracy, model_accuracy: of file and model on the labels, numbers or one-hot; None without.
+        output_snr_db: signal (about its mean over the examples, or about zero for a single one)
+            against the file's difference from the model, least of all outputs; infinite when they
+            are equal.
         max_output_difference_lsb: largest difference of output codes, in steps of the output's
             grid; None for float outputs.
         operators: {operator: count}. float_operators: names of those that compute in float.
@@ -132,12 +134,21 @@ def _on_reference(
 def _classes(runs: Runs) -> dict[str, float | None]:
     """Agreement and accuracies; None unless there is one vector of classes, and without labels."""
     found = dict.fromkeys(("agreement", "accuracy", "model_accuracy"))
-    output, labels = runs.outputs[0], runs.labels
-    if len(runs.outputs) == 1 and output.keras.ndim == 2 and output.keras.shape[1] > 1:
-        of_file, of_model = output.default.argmax(1), output.keras.argmax(1)
-        found["agreement"] = float((of_file == of_model).mean())
-        if labels[0] is not None and labels[0].shape[1:] in ((), (1,)):
-            truth = np.concatenate(labels).reshape(-1)
-            found["accuracy"] = float((of_file == truth).mean())
-            found["model_accuracy"] = float((of_model == truth).mean())
+    output = runs.outputs[0]
+    if len(runs.outputs) > 1 or output.keras.ndim != 2 or output.keras.shape[1] == 1:
+        return found
+    targets = None if runs.labels[0] is None else np.concatenate(runs.labels)
+    truth = None
+    if targets is not None and targets.shape == output.keras.shape:
+        if targets.min() < 0 or not np.allclose(targets.sum(1), 1, atol=1e-3):
+            return found  # of a regression, or of several classes at once
+        if (targets.max(1) == 1).all():
+            truth = targets.argmax(1)
+    elif targets is not None and targets.shape[1:] in ((), (1,)):
+        truth = targets.reshape(-1)
+    of_file, of_model = output.default.argmax(1), output.keras.argmax(1)
+    found["agreement"] = float((of_file == of_model).mean())
+    if truth is not None:
+        found["accuracy"] = float((of_file == truth).mean())
+        found["model_accuracy"] = float((of_model == truth).mean())
     return found

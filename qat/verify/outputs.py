@@ -33,11 +33,16 @@ class Output:
     default: np.ndarray
 
     def snr_db(self) -> float:
-        """The model's signal, about its mean over the examples, against the file's difference."""
+        """The model's signal, about its mean over the examples, against the file's difference.
+
+        About zero where nothing is left of it: of a single example, or of a constant output.
+        """
         keras = self.keras.astype(np.float64)
         noise = np.square(keras - self.default).sum()
-        signal = np.square(keras - keras.mean(axis=0)).sum()
-        return float(10 * np.log10(signal / noise)) if noise and signal else float("inf")
+        signal = np.square(keras - keras.mean(axis=0)).sum() or np.square(keras).sum()
+        if not noise:
+            return float("inf")
+        return float(10 * np.log10(signal / noise)) if signal else float("-inf")
 
     def differences(self, reference: np.ndarray | None) -> dict[str, Difference]:
         """{pair: how far apart, in steps}; none for an output without a grid.
