@@ -12,12 +12,15 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapp
 )
 
 from qat import ranges
+from qat.batches import input_batches
+from qat.canonical import functional
 from qat.collect import ActivationSite, Collected, Unrounded, activation_sites, collect, has_range
 from qat.errors import ModelError, QatError
+from qat.forward import infer
 from qat.layers import FakeQuantize
 from qat.quantizers import GridQuantizer, UniformQuantizer
 from qat.quantizers.rounding import in_float32
-from qat.reestimate import measure_batch_norm, reestimate_batch_norm
+from qat.reestimate import measure_batch_norm
 
 WEIGHT_METHODS = ("mse", "minmax")
 ACTIVATION_METHODS = ("mse", "percentile", "minmax")
@@ -55,7 +58,7 @@ def calibrate(
         weights: "mse" or "minmax".
         percentile: 50 to 100; the range is [100 - percentile, percentile] of the values.
         batch_norm: whether steps 2 and 4 happen; None = if some kernel or activation has 4 bits or
-            fewer. Batches should then hold 16 examples or more.
+            fewer. See `qat.reestimate_batch_norm` on small batches and few examples.
 
     Returns:
         The model.
@@ -82,14 +85,15 @@ def calibrate(
     # 2. Statistics behind them.
     sites = activation_sites(model)
     if batch_norm:
-        measure_batch_norm(model, dataset, steps, Unrounded(sites))
+        batches = input_batches(functional(model), dataset, steps)
+        measure_batch_norm(model, batches, Unrounded(sites))
     # 3. Activations.
     for site, collected in zip(sites, collect(model, sites, dataset, steps), strict=True):
         ends = _range(site, collected, activations, percentile)
         site.quantizer.set_range(site.weights, *(tf.constant(end, tf.float32) for end in ends))
     # 4. Statistics behind those.
     if batch_norm:
-        reestimate_batch_norm(model, dataset, steps=steps)
+        measure_batch_norm(model, input_batches(functional(model), dataset, steps), infer)
     return model
 
 

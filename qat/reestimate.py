@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from absl import logging
 
 from qat.batches import input_batches
 from qat.canonical import Call, calls, functional, leaves
@@ -16,6 +19,8 @@ from qat.errors import ModelError
 from qat.forward import Visit, forward, in_mode, infer, traced_if_repeated
 
 BatchNormalization = tf_keras.layers.BatchNormalization
+# Examples of a batch, and values of a channel, that statistics are worth something from.
+FEWEST = 32
 
 
 def reestimate_batch_norm(
@@ -28,11 +33,13 @@ def reestimate_batch_norm(
     whose integers flip at every step; below 4 bits that costs whole points (arXiv 2203.11086,
     section 3.2). Kernels, ranges and layers that are not trainable or are called with
     `training=False` stay as they are. Batches are seen as in training: each batch normalization
-    normalizes with the batch's own statistics.
+    normalizes with the batch's own statistics. Batches of fewer than 32 examples are therefore
+    joined; where all of them give a channel fewer than 32 values, its statistics stay, with a
+    warning.
 
     Args:
         model: quantized; changed in place. dataset: batches of x or (x, y), preferably augmented as
-            in training, of 16 examples or more. steps: batches to use, at most; None = all.
+            in training. steps: (joined) batches to use, at most; None = all.
 
     Returns:
         The model.
@@ -42,20 +49,51 @@ def reestimate_batch_norm(
         ModelError: activations that are not finite, or a nested model with batch normalizations
             that train, which would not be measured.
     """
-    measure_batch_norm(model, dataset, steps, infer)
+    most = None if steps is None else steps * FEWEST
+    measure_batch_norm(model, input_batches(functional(model), dataset, most), infer, steps)
     return model
 
 
 def measure_batch_norm(
-    model: tf_keras.Model, dataset: tf.data.Dataset, steps: int | None, visit: Visit
+    model: tf_keras.Model,
+    batches: Iterable[list[tf.Tensor]],
+    visit: Visit,
+    most: int | None = None,
 ) -> None:
-    """`reestimate_batch_norm` with all other layers called by `visit`."""
+    """`reestimate_batch_norm` with all other layers called by `visit`.
+
+    Args:
+        batches: as `input_batches` gives them. most: so many of them, once joined.
+    """
     network = functional(model)
     _require_flat(network)
-    found = {id(_inner(call)): _inner(call) for call in calls(network) if _is_measured(call)}
-    norms = list(found.values())
+    measured = [call for call in calls(network) if _is_measured(call)]
+    if not measured:
+        return
+    batches = itertools.islice(_joined(batches), most)
+    first = next(batches)
+    norms = _with_enough_values(measured, len(first[0]))
     if not norms:
         return
+
+    probe = _probe(network, norms, visit)
+    sums, count = [0.0] * len(norms), 0
+    with _measuring(norms):
+        for inputs in itertools.chain([first], batches):
+            size = len(inputs[0])  # the last batch may be smaller
+            sums = [a + b.numpy() * size for a, b in zip(sums, probe(inputs), strict=True)]
+            count += size
+    _require_finite(norms, sums)
+    for norm, total in zip(norms, sums, strict=True):
+        mean, variance = (total / count).astype(np.float32)
+        norm.moving_mean.assign(mean)
+        norm.moving_variance.assign(variance)
+
+
+def _probe(
+    network: tf_keras.Model, norms: list[BatchNormalization], visit: Visit
+) -> Callable[[list[tf.Tensor]], list[tf.Tensor]]:
+    """From a batch's inputs to each layer's (mean, variance), averaged over its calls."""
 
     @traced_if_repeated(reduce_retracing=True)
     def probe(inputs):
@@ -65,7 +103,7 @@ def measure_batch_norm(
             norm = _inner(call)
             if not isinstance(norm, BatchNormalization):
                 return visit(call, args, kwargs)
-            if not _is_measured(call):
+            if id(norm) not in seen or not _is_measured(call):
                 return infer(call, args, kwargs)
             outputs = in_mode(call, args, kwargs, training=True)
             # At once: the layer's next call overwrites them.
@@ -75,17 +113,49 @@ def measure_batch_norm(
         forward(network, inputs, in_training)
         return [tf.reduce_mean(tf.cast(tf.stack(each), tf.float64), 0) for each in seen.values()]
 
-    sums, count = [0.0] * len(norms), 0
-    with _measuring(norms):
-        for inputs in input_batches(network, dataset, steps):
-            size = len(inputs[0])  # the last batch may be smaller
-            sums = [a + b.numpy() * size for a, b in zip(sums, probe(inputs), strict=True)]
-            count += size
-    _require_finite(norms, sums)
-    for norm, total in zip(norms, sums, strict=True):
-        mean, variance = (total / count).astype(np.float32)
-        norm.moving_mean.assign(mean)
-        norm.moving_variance.assign(variance)
+    return probe
+
+
+def _joined(batches: Iterable[list[tf.Tensor]]) -> Iterator[list[tf.Tensor]]:
+    """Consecutive batches of fewer than FEWEST examples as one; a rest joins the last one."""
+    whole, parts = [], []
+    for inputs in batches:
+        parts.append(inputs)
+        if sum(len(part[0]) for part in parts) >= FEWEST:
+            yield from whole
+            whole, parts = [_concatenated(parts)], []
+    yield _concatenated(whole + parts)
+
+
+def _concatenated(parts: list[list[tf.Tensor]]) -> list[tf.Tensor]:
+    return (
+        parts[0] if len(parts) == 1 else [tf.concat(each, 0) for each in zip(*parts, strict=True)]
+    )
+
+
+def _with_enough_values(measured: list[Call], examples: int) -> list[BatchNormalization]:
+    """The layers whose every call gives a channel FEWEST values or more; tells of the others."""
+    norms = {id(_inner(call)): _inner(call) for call in measured}
+    few = {id(_inner(call)) for call in measured if examples * _positions(call) < FEWEST}
+    if few:
+        names = ", ".join(norms[number].name for number in norms if number in few)
+        logging.warning(
+            "batch normalizations keep their statistics, since %d examples are too few to measure "
+            "them again (a channel needs %d values): %s",
+            examples,
+            FEWEST,
+            names,
+        )
+    return [norm for number, norm in norms.items() if number not in few]
+
+
+def _positions(call: Call) -> int:
+    """Of how many places of an example a channel's statistics are."""
+    shape, axis = call.inputs[0].shape, _inner(call).axis
+    channels = {number % len(shape) for number in tf.nest.flatten(axis)}
+    return math.prod(
+        size or 1 for place, size in enumerate(shape) if place and place not in channels
+    )
 
 
 def _require_flat(network: tf_keras.Model) -> None:

@@ -27,11 +27,11 @@ def model():
 
 
 def test_statistics_are_averages_over_batches(model):
-    (x,) = data_for(model, 48, seed=3)
+    (x,) = data_for(model, 96, seed=3)
     convolved = tf_keras.Model(model.inputs, model.get_layer("norm1").input)
-    parts = [convolved(x[i : i + 16]).numpy().astype(np.float64) for i in (0, 16, 32)]
+    parts = [convolved(x[i : i + 32]).numpy().astype(np.float64) for i in (0, 32, 64)]
     before = {w.name: w.numpy() for w in model.weights}
-    qat.reestimate_batch_norm(model, batches([x], 16))
+    qat.reestimate_batch_norm(model, batches([x], 32))
     norm = model.get_layer("norm1")
     mean = np.mean([part.mean((0, 1, 2)) for part in parts], axis=0)
     # Keras stores the unbiased variance of a batch.
@@ -55,7 +55,7 @@ def test_a_layer_called_twice_has_the_statistics_of_both_calls():
     pair = [rng.normal(m, s, (32, 6, 6, 2)).astype(np.float32) for m, s in ((0, 1), (8, 3))]
     model = qat.calibrate(qat.quantize_model(model, "w8a8"), batches(pair, 16))
     qat.reestimate_batch_norm(model, batches(pair, 16))
-    halves = [x[i : i + 16].astype(np.float64) for x in pair for i in (0, 16)]
+    halves = [x.astype(np.float64) for x in pair]  # batches of 16 are joined
     size = halves[0][..., 0].size
     norm = model.get_layer("norm")
     mean = np.mean([half.mean((0, 1, 2)) for half in halves], axis=0)
@@ -83,11 +83,58 @@ def test_a_call_in_inference_keeps_its_statistics(arguments):
 
 
 def test_steps_limit_the_batches(model):
-    (x,) = data_for(model, 32, seed=4)
-    qat.reestimate_batch_norm(model, batches([x], 16), steps=1)
+    (x,) = data_for(model, 64, seed=4)
+    qat.reestimate_batch_norm(model, batches([x], 32), steps=1)
     one = model.get_layer("norm2").moving_mean.numpy()
-    qat.reestimate_batch_norm(model, batches([x[:16]], 16))
+    qat.reestimate_batch_norm(model, batches([x[:32]], 32))
     np.testing.assert_array_equal(one, model.get_layer("norm2").moving_mean)
+
+
+@pytest.mark.parametrize(
+    "count, size, joined", [(70, 1, [32, 38]), (64, 24, [64]), (99, 16, [32, 32, 35]), (9, 2, [9])]
+)
+def test_small_batches_are_joined(count, size, joined, model):
+    """A rest joins the batch before it."""
+    (x,) = data_for(model, count, seed=6)
+    qat.reestimate_batch_norm(model, batches([x], size), steps=None)
+    found = model.get_layer("norm2").get_weights()
+    parts = iter(np.split(x, np.cumsum(joined)[:-1]))
+    whole = tf.data.Dataset.from_generator(
+        lambda: parts, output_signature=tf.TensorSpec((None, 8, 8, 2))
+    )
+    qat.reestimate_batch_norm(model, whole, steps=None)
+    for one, other in zip(found, model.get_layer("norm2").get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_steps_count_joined_batches_of_a_stream_without_end(model):
+    (x,) = data_for(model, 64, seed=7)
+    qat.reestimate_batch_norm(model, batches([x], 2).repeat(), steps=2)
+    found = model.get_layer("norm2").get_weights()
+    qat.reestimate_batch_norm(model, batches([x], 32))
+    for one, other in zip(found, model.get_layer("norm2").get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_too_few_values_leave_statistics_alone(caplog):
+    """Ten examples give a convolution's channel hundreds of values, a dense layer's ten."""
+
+    def build(x):
+        x = layers.BatchNormalization(name="of_images")(layers.Conv2D(4, 3)(x))
+        x = layers.Dense(5)(layers.Flatten()(layers.ReLU()(x)))
+        return layers.BatchNormalization(name="of_vectors")(x)
+
+    model = quantized(model_of(build, (8, 8, 2)), "w4a4")
+    norms = {name: model.get_layer(name) for name in ("of_images", "of_vectors")}
+    (x,) = data_for(model, 31, seed=8)
+    before = {name: norm.moving_mean.numpy() for name, norm in norms.items()}
+    qat.reestimate_batch_norm(model, batches([x[:10]], 5))
+    assert "10 examples are too few" in caplog.text
+    assert "of_vectors" in caplog.text and "of_images" not in caplog.text
+    assert not np.array_equal(before["of_images"], norms["of_images"].moving_mean)
+    np.testing.assert_array_equal(before["of_vectors"], norms["of_vectors"].moving_mean)
+    qat.reestimate_batch_norm(model, batches([np.concatenate([x, x])], 1))
+    assert not np.array_equal(before["of_vectors"], norms["of_vectors"].moving_mean)
 
 
 def test_frozen_layers_stay(model):
@@ -142,6 +189,6 @@ def test_nested_models_without_anything_to_measure(trains):
     inner = tf_keras.Sequential([layers.Input((4,)), layers.GaussianNoise(0.1), *inside])
     inner.trainable = trains
     x, norm = tf_keras.Input((4,)), layers.BatchNormalization()
-    data = np.random.default_rng(0).normal(3.0, 1.0, (16, 4)).astype(np.float32)
+    data = np.random.default_rng(0).normal(3.0, 1.0, (64, 4)).astype(np.float32)
     qat.reestimate_batch_norm(tf_keras.Model(x, norm(inner(x))), tf.data.Dataset.from_tensors(data))
     np.testing.assert_allclose(norm.moving_mean, data.mean(0), rtol=2e-3)
