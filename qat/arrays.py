@@ -135,6 +135,10 @@ def load_arrays(
                 f"{flag}={path}: input {name!r} takes examples of shape {tuple(tensor.shape[1:])}, "
                 f"the file holds {array.shape[1:]}"
             )
+        if tensor.dtype.is_integer and (array != np.rint(array)).any():
+            raise ArrayError(
+                f"{flag}={path}: input {name!r} takes {tensor.dtype.name}, the file holds fractions"
+            )
     if count < _LEAST_EXAMPLES:
         raise ArrayError(
             f"{flag}={path} holds {count} examples; at least {_LEAST_EXAMPLES} are needed"

@@ -259,8 +259,9 @@ def _read_splits(
         arrays = None
         if cache and counts[role] * int(np.prod(spec.image_shape)) <= MEMORY_BYTES:
             arrays = _to_memory(source, expression, counts[role])
-        elif cache:
-            logging.info("%s of %s is too large for memory and is streamed", role, spec.name)
+        else:
+            source.require_labels(expression, [source.first_label(expression)])
+            logging.info("%s of %s is streamed", role, spec.name)
         stream = source.read(expression)
         splits[role] = _Split(count=counts[role], arrays=arrays, stream=stream)
     return spec, splits
@@ -279,10 +280,6 @@ def _to_memory(source: TfdsImages, split: str, count: int) -> tuple[tf.Tensor, t
         raise source.unreadable(split, error) from error
     if filled != count:
         raise source.unreadable(split, f"it holds {filled} examples where {count} are recorded")
-    if labels.min() < 0 or labels.max() >= len(source.class_names):
-        raise DataError(
-            f"split {split!r} of dataset {source.name!r} has labels from {labels.min()} to "
-            f"{labels.max()} where 0 to {len(source.class_names) - 1} are legal; it is not labelled"
-        )
+    source.require_labels(split, (labels.min(), labels.max()))
     with tf.device("CPU"):
         return tf.constant(images), tf.constant(labels)

@@ -21,9 +21,11 @@ from qat.model_images import ModelImages
 from qat.objective import (
     SPARSE,
     Objective,
+    as_targets,
     imitation,
     objective,
     require_targets,
+    takes_binary_labels,
     takes_labels,
 )
 from qat.pipeline import PIXEL_RANGE
@@ -50,6 +52,11 @@ class QuantizeJob(QatJob):
     def given_model(self) -> tuple[str, str]:
         """As `QatJob`'s."""
         return "--model_path", self.model_path
+
+    def given_files(self) -> list[tuple[str, str]]:
+        """As `QatJob`'s."""
+        data = [("--calibration_data", self.calibration_data)] if self.calibration_data else []
+        return [*super().given_files(), *data]
 
 
 def run(job: QuantizeJob) -> dict[str, Any]:
@@ -116,7 +123,10 @@ class QuantizeRun(QatRun):
             outputs = {name: model(_one_or_many(x)) for name, model in models.items()}
             outputs["tflite"] = [each.values for each in runner.run(*(a.numpy() for a in x))]
             for name, found in outputs.items():
-                sums[name] += float(chosen.value(y, tf.nest.flatten(found))) * len(x[0])
+                # Arrays, as the file's: of a model's own tensors Keras takes the logits.
+                arrays = map(np.asarray, tf.nest.flatten(found))
+                value = chosen.value(y, list(map(tf.convert_to_tensor, arrays)))
+                sums[name] += float(value) * len(x[0])
             count += len(x[0])
         return {"loss": {name: total / count for name, total in sums.items()}}
 
@@ -135,6 +145,11 @@ class QuantizeRun(QatRun):
                 "this one needs --calibration_data=FILE.npz"
             )
         size = tuple(model.inputs[0].shape[1:3])
+        if size.count(None) == 1:
+            raise ModelError(
+                f"{job.model_path}: its images have a height and width of {size}, one of them "
+                "open; fix both or none"
+            )
         images = qat_data.load(
             job.dataset, image_size=None if None in size else size, **job.image_options()
         )
@@ -164,14 +179,17 @@ def _with_objective(
     """What is to be learned; without targets it is what the float model gives."""
     model, trains = data.model, job.qat_epochs != 0
     if not data.y:
-        if not job.qat_epochs:
-            return data, None
         if job.loss:
             raise UserError(f"{place} holds no targets for --loss={','.join(job.loss)}; add y")
+        if not job.qat_epochs:
+            return data, None
         outputs = model.predict(data.x, batch_size=data.batch_size, verbose=0)
         return dataclasses.replace(data, y=tuple(tf.nest.flatten(outputs))), imitation(model)
+    targets = tuple(map(as_targets, model.outputs, data.y))
+    data = dataclasses.replace(data, y=targets)
     labels = all(map(takes_labels, model.outputs, data.y))
-    names = job.loss or ((SPARSE,) if labels else ())
+    binary = all(map(takes_binary_labels, model.outputs, data.y))
+    names = job.loss or ((SPARSE,) if labels else ("binary_crossentropy",) if binary else ())
     if not names:
         if trains:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import pathlib
@@ -48,10 +49,29 @@ def write_together(
     with tempfile.TemporaryDirectory(dir=first.parent, prefix=f".{first.name}.") as folder:
         beside = {path: pathlib.Path(folder, path.name) for path in contents}
         for path, content in contents.items():
-            beside[path].write_bytes(content)
+            _write_through(beside[path], content)
         check(beside[first])
         for path in (*others, first):
             os.replace(beside[path], path)
+
+
+def _write_through(path: pathlib.Path, content: bytes) -> None:
+    """To the disk, so that a name never outlives a machine that its content did not."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The hexadecimal SHA-256 of a file, or of the names and contents of a folder's files."""
+    path, whole = pathlib.Path(path), hashlib.sha256()
+    if path.is_file():
+        whole.update(path.read_bytes())
+    else:
+        for file in sorted(each for each in path.rglob("*") if each.is_file()):
+            whole.update(f"{file.relative_to(path)}\0{sha256_of(file)}\0".encode())
+    return whole.hexdigest()
 
 
 def zipped(members: Mapping[str, bytes]) -> bytes:

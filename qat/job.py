@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from qat.files import sha256_of
 from qat.recipe import Recipe
 from qat.settings import TrainSettings, recommended
 
@@ -47,7 +48,13 @@ class QatJob:
 
     def flags(self) -> dict[str, str]:
         """All that the trained weights depend on, by the names of the program's flags."""
-        return {name: str(value) for name, value in vars(self).items() if name not in _FREE}
+        found = {name: str(value) for name, value in vars(self).items() if name not in _FREE}
+        contents = {f"{flag[2:]}'s SHA-256": sha256_of(path) for flag, path in self.given_files()}
+        return found | contents
+
+    def given_files(self) -> list[tuple[str, str]]:
+        """(flag, path) of all files that the trained weights depend on."""
+        return [given] if (given := self.given_model()) is not None else []
 
     def image_options(self) -> dict[str, Any]:
         """What `qat.data.load` is told beside the dataset's name."""

@@ -89,15 +89,23 @@ class FakeQuantize(tf_keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, inputs, training=None, observe: bool = True, averages: bool = False):
+        logits = getattr(inputs, "_keras_logits", None)
         if averages:
             inputs = self._away_from_halves(inputs)
         if tf.is_tensor(training):
-            return tf.cond(
+            outputs = tf.cond(
                 tf.cast(training, tf.bool),
                 lambda: self.quantizer(inputs, observe, weights=self.quantizer_weights),
                 lambda: self.quantizer(inputs, False, weights=self.quantizer_weights),
             )
-        return self.quantizer(inputs, bool(training) and observe, weights=self.quantizer_weights)
+        else:
+            observes = bool(training) and observe
+            outputs = self.quantizer(inputs, observes, weights=self.quantizer_weights)
+        if logits is not None:
+            # Keras's losses go by the logits of a softmax or sigmoid, as of the float model. A
+            # probability that is rounded to 0 has no gradient.
+            outputs._keras_logits = logits
+        return outputs
 
     def _away_from_halves(self, inputs):
         """`x + s · 2^-12 · sign(x + z·s)`: ties leave the half, nothing else crosses one."""

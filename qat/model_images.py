@@ -13,6 +13,24 @@ from qat.errors import ModelError
 from qat.objective import SPARSE, Objective, objective
 
 
+def converts_channels(given: int, wanted: int) -> bool:
+    """Whether `in_channels` makes images of so many channels of these: grey ones and colours."""
+    return wanted == given or {wanted, given} == {1, 3}
+
+
+def in_channels(images: tf.Tensor, wanted: int) -> tf.Tensor:
+    """Images of 1 or 3 channels as the other kind, if a model wants that."""
+    if images.shape[-1] == wanted:
+        return images
+    return (tf.image.grayscale_to_rgb if wanted == 3 else tf.image.rgb_to_grayscale)(images)
+
+
+def in_range(images: tf.Tensor, input_range: tuple[float, float]) -> tf.Tensor:
+    """Pixels 0 to 255 in a model's units."""
+    low, high = input_range
+    return images / 255.0 * (high - low) + low
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelImages:
     """Batches (images float32 in `input_range`, targets), see `qat.data.ImageData`.
@@ -35,7 +53,7 @@ class ModelImages:
 
     def __post_init__(self):
         wanted, given = self.model.inputs[0].shape[-1], self.images.spec.image_shape[-1]
-        if wanted != given and {wanted, given} != {1, 3}:
+        if not converts_channels(given, wanted):
             raise ModelError(
                 f"model {self.model.name!r} takes images of {wanted} channels, {self.name} has "
                 f"{given}"
@@ -45,6 +63,11 @@ class ModelImages:
             raise ModelError(
                 f"model {self.model.name!r} gives {tuple(shape[1:])} for an image, and {self.name} "
                 f"has {classes} classes"
+            )
+        if not self.has_classes and {SPARSE, "categorical_crossentropy"} & set(self.loss):
+            raise ModelError(
+                f"--loss={','.join(self.loss)} needs a number for each class, and model "
+                f"{self.model.name!r} gives one for both; take binary_crossentropy"
             )
 
     @property
@@ -91,11 +114,7 @@ class ModelImages:
         return set(self.loss) <= {SPARSE} and self.has_classes
 
     def _inputs(self, images: tf.Tensor) -> tf.Tensor:
-        (low, high), channels = self.input_range, self.model.inputs[0].shape[-1]
-        if images.shape[-1] != channels:
-            convert = tf.image.grayscale_to_rgb if channels == 3 else tf.image.rgb_to_grayscale
-            images = convert(images)
-        return images / 255.0 * (high - low) + low
+        return in_range(in_channels(images, self.model.inputs[0].shape[-1]), self.input_range)
 
     def _batch(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         images = self._inputs(images)

@@ -149,7 +149,10 @@ def require_targets(
         chosen.outputs, model.outputs, model.output_names, targets, strict=True
     ):
         shape, given = tuple(tensor.shape[1:]), tuple(target.shape[1:])
-        if _keras_loss(own.name).__name__ != SPARSE:
+        function = _keras_loss(own.name).__name__
+        if function == "binary_crossentropy" and target.size:
+            _require_probabilities(target, f"{place}: loss {own.name} compares output {name!r}")
+        if function != SPARSE:
             if given != shape:
                 raise UserError(
                     f"{place}: loss {own.name} compares output {name!r}, {shape} an example, with "
@@ -167,6 +170,33 @@ def require_targets(
             )
 
 
+def _require_probabilities(target: np.ndarray, comparison: str) -> None:
+    if not 0 <= target.min() <= target.max() <= 1:
+        raise UserError(
+            f"{comparison} with targets of 0 to 1; got {target.min()} to {target.max()}"
+        )
+
+
+def as_targets(tensor: Any, target: np.ndarray) -> np.ndarray:
+    """Targets as an output compares them: labels in floats as int64, numbers with an axis of one.
+
+    Args:
+        tensor: the output. target: one row an example.
+    """
+    shape, given = tuple(tensor.shape[1:]), tuple(target.shape[1:])
+    if shape == (1,) and given == ():
+        return target[:, None]
+    whole = target.dtype.kind == "f" and bool((target == np.rint(target)).all())
+    labels = target.astype(np.int64) if whole else target
+    return labels if takes_labels(tensor, labels) else target
+
+
+def takes_binary_labels(tensor: Any, target: np.ndarray) -> bool:
+    """Whether the targets are 0 and 1 for an output of one probability."""
+    one = tuple(tensor.shape[1:]) == tuple(target.shape[1:]) == (1,)
+    return one and last_activation(tensor) == "sigmoid" and bool(np.isin(target, (0, 1)).all())
+
+
 def takes_labels(tensor: Any, target: np.ndarray) -> bool:
     """Whether the targets look like labels of an output's classes."""
     shape, given = tuple(tensor.shape[1:]), tuple(target.shape[1:])
@@ -177,11 +207,6 @@ def takes_labels(tensor: Any, target: np.ndarray) -> bool:
 def ends_in_probability(tensor: Any) -> bool:
     """Whether a model's output comes from a softmax or sigmoid."""
     return last_activation(tensor) in ("softmax", "sigmoid")
-
-
-def ends_in_softmax(model: tf_keras.Model) -> bool:
-    """Whether a float or quantized classifier gives probabilities, not logits."""
-    return last_activation(model.outputs[0]) == "softmax"
 
 
 def last_activation(tensor: Any) -> str:
@@ -196,7 +221,8 @@ def last_activation(tensor: Any) -> str:
     layer = getattr(layer, "layer", layer)  # a wrapper's own
     if isinstance(layer, tf_keras.layers.Softmax):
         return "softmax"
-    return getattr(getattr(layer, "activation", None), "__name__", "")
+    name = getattr(getattr(layer, "activation", None), "__name__", "")
+    return "softmax" if name == tf.nn.softmax.__name__ else name
 
 
 def _require_ordered_outputs(model: tf_keras.Model) -> None:

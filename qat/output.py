@@ -104,15 +104,18 @@ def require_input_elsewhere(path: pathlib.Path, given: str, flag: str) -> None:
 def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
     """Removes what an earlier run left, or makes sure that it is this run that is resumed.
 
-    What a run was started with is kept in run.json.
+    What a run was started with is kept in run.json, by which its folder is known.
 
     Args:
         flags: {name: what JSON can hold}, all that the trained weights depend on.
 
     Raises:
-        UserError: the run that is resumed was started with another flag.
+        UserError: the run that is resumed was started with another flag; without run.json, files
+            by the names of a run's.
     """
     file = path / "run.json"
+    if not file.exists():
+        _require_no_files_of_others(path)
     flags = json.loads(json.dumps(flags))
     if not resume:
         clear(path)
@@ -127,6 +130,18 @@ def begin(path: pathlib.Path, flags: dict[str, Any], *, resume: bool) -> None:
                 )
         return
     write_whole(file, json.dumps(flags).encode())
+
+
+def _require_no_files_of_others(path: pathlib.Path) -> None:
+    # A recipe may lie where its run is to be.
+    names = [
+        name for name in (*FILES, *FOLDERS) if name != "recipe.json" and (path / name).exists()
+    ]
+    if names:
+        raise UserError(
+            f"--output_dir={path} holds {', '.join(names)}, which a run replaces, and no run.json: "
+            "they may be no run's; move them away, or use another folder"
+        )
 
 
 def clear(path: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ from qat.export.tflite import export_tflite, target_notes
 from qat.files import write_whole
 from qat.forward import predictor
 from qat.job import QatJob
-from qat.objective import Objective, ends_in_softmax
+from qat.objective import Objective, ends_in_probability
 from qat.output import begin, drop_checkpoints, require_input_elsewhere, run_folder
 from qat.recommended import train_quantized
 from qat.report import write_reports
@@ -188,7 +188,7 @@ class QatRun:
         """What the configs of both trainings share."""
         job = self.job
         return {
-            "from_logits": not ends_in_softmax(model),
+            "from_logits": not ends_in_probability(model.outputs[0]),
             "objective": self.objective,
             "seed": job.seed,
             "jit_compile": job.jit_compile,

@@ -7,29 +7,19 @@ to integers) where the size asked for differs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import requests
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
-from tensorflow_datasets.core.download import downloader
 
-import qat.digits  # noqa: F401 - registers the dataset "digits"
-from qat.errors import QatError
+from qat.tfds_builders import DataError, find_builder, is_prepared, one_line, prepare
 
 DEFAULT_IMAGE_SIZE = 96
+_FEWEST_TO_HOLD_OUT_OF = 10
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-
-
-class DataError(QatError):
-    """A dataset that cannot be had, read or used as image classification, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +89,7 @@ class TfdsImages:
     def unreadable(self, split: str, reason: object) -> DataError:
         """The error for prepared files that are missing or damaged."""
         return DataError(
-            f"split {split!r} of dataset {self.name!r} cannot be read: {_one_line(reason)}; "
+            f"split {split!r} of dataset {self.name!r} cannot be read: {one_line(reason)}; "
             f"delete {self.builder.data_path} and prepare the dataset again"
         )
 
@@ -115,6 +105,11 @@ class TfdsImages:
         test = "test" if "test" in info.splits and self._has_labels("test") else None
         if validation and test:
             return {"train": "train", "validation": validation, "test": test}
+        if (count := self.count("train")) < _FEWEST_TO_HOLD_OUT_OF:
+            raise DataError(
+                f"split 'train' of dataset {self.name!r} has {count} examples, and parts of 10 % "
+                f"are held out of it; at least {_FEWEST_TO_HOLD_OUT_OF} are needed"
+            )
         if info.disable_shuffling:
             logging.warning(
                 "%s is stored unshuffled: the part of train that is held out may differ from the "
@@ -126,13 +121,27 @@ class TfdsImages:
             return held_out | {"test": test or validation}
         return {"train": "train[:80%]", "validation": "train[80%:90%]", "test": "train[90%:]"}
 
-    def _has_labels(self, split: str) -> bool:
-        """False where a challenge kept its test labels back: TFDS stores them as -1."""
+    def first_label(self, split: str) -> int:
+        """The label of the first example; raises as `count`, and DataError for damaged files."""
         self.count(split)
         try:
             _, label = next(self.read(split).take(1).as_numpy_iterator())
         except tf.errors.OpError as error:
             raise self.unreadable(split, error.message) from error
+        return int(label)
+
+    def require_labels(self, split: str, labels: Sequence[int]) -> None:
+        """Raises DataError unless all of these labels of the split name a class."""
+        least, most = min(labels), max(labels)
+        if least < 0 or most >= len(self.class_names):
+            raise DataError(
+                f"split {split!r} of dataset {self.name!r} has labels from {least} to {most} where "
+                f"0 to {len(self.class_names) - 1} are legal; it is not labelled"
+            )
+
+    def _has_labels(self, split: str) -> bool:
+        """False where a challenge kept its test labels back: TFDS stores them as -1."""
+        label = self.first_label(split)
         if label < 0:
             logging.warning("Split %r of %s has no labels and is not used.", split, self.name)
         return label >= 0
@@ -147,85 +156,19 @@ def open_dataset(
     pixels: a side or (height, width); None keeps the dataset's own, or takes 96x96 (and logs so)
     where the images vary. Images that have another aspect ratio are stretched. Raises DataError.
     """
-    builder = _builder(name, data_dir)
+    builder = find_builder(name, data_dir)
     image_key, label_key = _keys(name, builder.info)  # before a download that would be in vain
-    if not _is_prepared(builder):
-        builder = _prepare(name, builder, data_dir)
+    if not is_prepared(builder):
+        builder = prepare(name, builder, data_dir)
     features = builder.info.features
-    if features[label_key].num_classes is None:
-        raise DataError(f"dataset {name!r} does not say how many classes it has")
+    if (features[label_key].num_classes or 0) < 2:
+        told = "does not say how many classes it has"
+        one = f"has {features[label_key].num_classes} classes, and there is nothing to tell apart"
+        raise DataError(
+            f"dataset {name!r} {told if features[label_key].num_classes is None else one}"
+        )
     shape = _image_shape(name, tuple(features[image_key].shape), image_size)
     return TfdsImages(builder=builder, image_key=image_key, label_key=label_key, image_shape=shape)
-
-
-def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    place = data_dir or tfds.core.constants.DATA_DIR
-    try:
-        with _quiet_tfds():
-            return tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name.partition("/")[0], known, n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise DataError(
-            f"TFDS knows no dataset {name!r}, and {place} holds none; {hint}All names: "
-            "https://www.tensorflow.org/datasets/catalog/overview ('digits' needs no network)"
-        ) from error
-    except Exception as error:  # bad names, configs and versions, missing packages, damaged files
-        reason = str(error).rpartition('}": ')[2]  # less the call that TFDS repeats in front
-        raise DataError(
-            f"dataset {name!r} cannot be opened in {place}: {_one_line(reason)}"
-        ) from error
-
-
-def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    return builder.data_path.exists() and builder.is_prepared()
-
-
-def _prepare(
-    name: str, builder: tfds.core.DatasetBuilder, data_dir: str | None
-) -> tfds.core.DatasetBuilder:
-    logging.info("Preparing dataset %s in %s", name, builder.data_path)
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    reason, cause = f"{builder.data_path} is incomplete, delete it", None
-    try:
-        with _quiet_tfds():
-            builder.download_and_prepare(download_config=config)
-    except requests.ConnectionError as error:
-        url = error.request.url if error.request else "the network"
-        reason, cause = f"no connection to {url}", error
-    except Exception as error:  # downloads, generators and file systems raise almost anything
-        reason, cause = f"{type(error).__name__}: {error}", error
-    # Asked anew, because another process may have been first: TFDS renames a finished folder into
-    # place, and whoever comes second fails with the data there.
-    builder = _builder(name, data_dir)
-    if _is_prepared(builder):
-        return builder
-    raise DataError(
-        f"dataset {name!r} could not be prepared ({_one_line(reason)}); pass a writable --data_dir,"
-        f" or one that holds it already (`tfds build {name} --data_dir=DIR` makes it where there is"
-        " a network); 'digits' needs no network"
-    ) from cause
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """No prints of TFDS on stdout, bars on a terminal only, and an early end without a network.
-
-    Ten retries with growing pauses, TFDS's own number, take over three minutes to fail.
-    """
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, 2
-    urllib3 = logging.logging.getLogger("urllib3.connectionpool")
-    level = urllib3.level
-    urllib3.setLevel("ERROR")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        urllib3.setLevel(level)
-        downloader.MAX_RETRIES = retries
 
 
 def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
@@ -281,8 +224,3 @@ def _image_shape(
     else:
         size = (height, width)
     return (*size, channels)
-
-
-def _one_line(reason: object, limit: int = 200) -> str:
-    line = " ".join(str(reason).split())
-    return line if len(line) <= limit else f"{line[:limit]}..."

@@ -87,6 +87,18 @@ def test_without_targets_a_batch_is_its_inputs(tmp_path):
     assert len(batch) == 1 and [tuple(x.shape) for x in batch[0]] == [(1, 3), (1, 2)]
 
 
+def test_fractions_are_no_integers(tmp_path):
+    inputs = tf_keras.Input((4,), dtype="int32")
+    model = tf_keras.Model(inputs, layers.Flatten()(layers.Embedding(5, 2)(inputs)))
+    for x, fits in ((np.ones((9, 4)), True), (np.full((9, 4), 1.5), False)):
+        np.savez(tmp_path / "a.npz", x=x)
+        if fits:
+            load(tmp_path / "a.npz", model)
+        else:
+            with pytest.raises(ArrayError, match="takes int32, the file holds fractions"):
+                load(tmp_path / "a.npz", model)
+
+
 X = numbered(9)
 WRONG = {
     "nothing": ({}, "lacks x"),

@@ -309,3 +309,23 @@ def test_a_resumed_run_must_have_the_flags_it_was_started_with(tmp_path):
     with pytest.raises(QatError, match="--seed=1, not 2"):
         begin(tmp_path, {"seed": 2, "recipe": ["w4a4", (1, 2)]}, resume=True)
     begin(tmp_path, {"seed": 2, "recipe": []}, resume=False)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["checkpoints/mine.h5", "float_model.keras", "model.h"])
+def test_files_that_are_no_runs_stay(name, resume, tmp_path):
+    """The project's own folder is a likely --output_dir."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}.*no run.json.*another folder"):
+        begin(tmp_path, {}, resume=resume)
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_runs_own_files_are_replaced(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")  # where it is to be read from
+    begin(tmp_path, {}, resume=False)
+    for name in ("model.tflite", "checkpoints", "notes.txt"):
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("")
+    begin(tmp_path, {}, resume=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "notes.txt"}

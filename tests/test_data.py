@@ -33,6 +33,7 @@ class BlocksConfig(tfds.core.BuilderConfig):
     unlabelled: str = ""
     images: tuple = ("picture",)
     supervised: bool = True
+    classes: int = len(COLOURS)
 
 
 CONFIGS = (
@@ -45,6 +46,8 @@ CONFIGS = (
     BlocksConfig(name="varied", shape=(None, None, 3)),
     BlocksConfig(name="deep", shape=(9, 10, 1), dtype=np.uint16),
     BlocksConfig(name="rgba", shape=(9, 10, 4)),
+    BlocksConfig(name="few", counts={"train": 9}),
+    BlocksConfig(name="one_class", classes=1),
     BlocksConfig(name="float", shape=(9, 10, 1), dtype=np.float32),
     BlocksConfig(name="stereo", images=("left", "right"), supervised=False),
     BlocksConfig(name="stereo_supervised", images=("left", "right")),
@@ -62,7 +65,10 @@ class TestBlocks(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         image = tfds.features.Image(shape=config.shape, dtype=config.dtype, encoding_format="png")
         features = {name: image for name in config.images}
-        features |= {"kind": tfds.features.ClassLabel(names=COLOURS), "id": tf.int64}
+        features |= {
+            "kind": tfds.features.ClassLabel(names=COLOURS[: config.classes]),
+            "id": tf.int64,
+        }
         keys = (config.images[0], "kind") if config.supervised else None
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=keys
@@ -78,7 +84,11 @@ class TestBlocks(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, numbers: range):
         for number in numbers:
-            label = -1 if split == self.builder_config.unlabelled else number % len(COLOURS)
+            label = (
+                -1
+                if split == self.builder_config.unlabelled
+                else number % self.builder_config.classes
+            )
             images = {
                 name: block(self.builder_config, number) for name in self.builder_config.images
             }
@@ -458,6 +468,8 @@ def test_unknown_split_lists_the_legal_ones(data_dir, split):
         ("test_blocks/float", ["as float32", "only uint8 and uint16"]),
         ("test_blocks/stereo", ["several image features (left, right)"]),
         ("test_blocks/only_test", ["no split 'train'", "it has: test"]),
+        ("test_blocks/few", ["train", "has 9 examples", "held out", "at least 10"]),
+        ("test_blocks/one_class", ["has 1 classes"]),
         ("imdb_reviews", ["no image feature", "text, label"]),
         ("lsun", ["no class label feature", "id, image"]),
     ],
@@ -467,7 +479,10 @@ def test_unfit_datasets_say_why(data_dir, name, parts):
     assert all(part in message for part in parts), message
 
 
-def test_unlabelled_evaluation_is_refused(data_dir):
+@pytest.mark.parametrize("memory", [data.MEMORY_BYTES, 10])
+def test_unlabelled_evaluation_is_refused(data_dir, memory, monkeypatch):
+    """Of a split that is streamed too."""
+    monkeypatch.setattr(data, "MEMORY_BYTES", memory)
     message = error_of(
         data.evaluation_split, "test_blocks/secret", "test", data_dir=data_dir, batch_size=4
     )

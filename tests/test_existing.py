@@ -200,6 +200,74 @@ def test_bytes_in_the_file_are_bytes_in_the_model(files, tmp_path):
     assert detail["dtype"] == np.uint8 and detail["quantization"] == (1.0, 0)
 
 
+def labels_as(kind, path):
+    """An untrained classifier of vectors, and labels; what it learns must be classes."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6)).astype(np.float32)
+    classes, activation = (3, "softmax") if kind.startswith("three") else (1, "sigmoid")
+    inputs = layers.Input((6,))
+    tf_keras.Model(inputs, layers.Dense(classes, activation)(inputs)).save(path / "m.keras")
+    y = {
+        "three, float": rng.integers(0, 3, 40).astype(np.float32),
+        "three, column": rng.integers(0, 3, (40, 1)).astype(np.float64),
+        "two": rng.integers(0, 2, 40),
+        "two, bool": rng.integers(0, 2, 40) > 0,
+        "two, column": rng.integers(0, 2, (40, 1)).astype(np.float32),
+    }[kind]
+    np.savez(path / "d.npz", x=x, y=y)
+
+
+@pytest.mark.parametrize(
+    "kind", ["three, float", "three, column", "two", "two, bool", "two, column"]
+)
+def test_labels_come_in_many_types(kind, tmp_path):
+    labels_as(kind, tmp_path)
+    report = run(tmp_path, tmp_path, "m.keras", "d.npz", qat_epochs=1)
+    if kind.startswith("three"):
+        assert report["accuracy"]["tflite"] is not None
+    else:
+        assert report["loss"]["tflite"] == pytest.approx(report["loss"]["qat"], rel=0.05)
+
+
+def test_targets_beyond_a_probability_are_refused(tmp_path):
+    labels_as("two", tmp_path)
+    np.savez(tmp_path / "d.npz", x=np.zeros((9, 6)), y=np.full(9, 255))
+    with pytest.raises(QatError, match="binary_crossentropy.* targets of 0 to 1; got 255"):
+        run(tmp_path, tmp_path, "m.keras", "d.npz", loss=("binary_crossentropy",))
+
+
+def test_losses_of_saturated_outputs_are_of_the_numbers(tmp_path):
+    """Float model, quantized model and file by one rule: Keras clips a probability at 1e-7."""
+    inputs = layers.Input((2,))
+    model = tf_keras.Model(inputs, layers.Dense(1, "sigmoid")(inputs))
+    model.layers[-1].set_weights([np.full((2, 1), 40.0), np.zeros(1)])
+    model.save(tmp_path / "m.keras")
+    x = np.random.default_rng(0).uniform(0.9, 1, (40, 2)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, y=np.zeros(40, int))
+    report = run(tmp_path, tmp_path, "m.keras", "d.npz", qat_epochs=0)
+    # 1 in float32 is clipped to 1 - 1.2e-7, and 1e-7 is added; 255/256 is the grid's largest.
+    assert report["loss"]["float"] == pytest.approx(-np.log(2.2e-7), rel=0.01)
+    for name in ("qat", "tflite"):
+        assert report["loss"][name] == pytest.approx(np.log(256), rel=0.01)
+
+
+@pytest.mark.parametrize("changed", ["m.keras", "d.npz"])
+def test_a_resumed_run_sees_that_a_file_has_changed(changed, tmp_path):
+    labels_as("two", tmp_path)
+    run(tmp_path, tmp_path, "m.keras", "d.npz", qat_epochs=1)
+    run(tmp_path, tmp_path, "m.keras", "d.npz", qat_epochs=1, resume=True)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("m.keras", "d.npz")}
+    labels_as("two, column", tmp_path)
+    for name in kept.keys() - {changed}:
+        (tmp_path / name).write_bytes(kept[name])
+    if changed == "m.keras":
+        model = tf_keras.models.load_model(tmp_path / changed)
+        model.layers[-1].set_weights([np.ones((6, 1)), np.zeros(1)])
+        model.save(tmp_path / changed)
+    with pytest.raises(QatError, match="SHA-256.*use the same flags"):
+        run(tmp_path, tmp_path, "m.keras", "d.npz", qat_epochs=1, resume=True)
+
+
 def test_targets_without_a_loss_are_refused_before_anything_is_written(files, tmp_path):
     with pytest.raises(QatError, match="say what to learn, e.g. --loss=mean_squared_error"):
         run(files, tmp_path, "regression.keras", "regression.npz")
@@ -242,3 +310,5 @@ def test_images_of_a_dataset_for_two_classes(files, tmp_path, monkeypatch):
     assert x.shape[1:] == (6, 6, 3) and y.shape[1:] == (1,) and y.dtype == tf.float32
     assert float(tf.reduce_min(x)) == -1.0 and float(tf.reduce_max(x)) <= 1.0
     assert [output.name for output in two.objective.outputs] == ["binary_crossentropy"]
+    with pytest.raises(QatError, match="needs a number for each class"):
+        existing.dataclasses.replace(two, loss=("sparse_categorical_crossentropy",))

@@ -364,9 +364,12 @@ class Negation:
         ("Foo", "need module:NAME, got 'Foo'"),
         ("no_such_module:Foo", "no_such_module cannot be imported"),
         ("json:Foo", "json has no 'Foo'"),
+        ("not_python:Foo", "not_python cannot be imported: SyntaxError"),
     ),
 )
-def test_custom_objects_that_cannot_be_found(given, message):
+def test_custom_objects_that_cannot_be_found(given, message, tmp_path, monkeypatch):
+    (tmp_path / "not_python.py").write_text("class\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(QatError, match=f"--custom_objects: {message}"):
         qat.parse_custom_objects([given])
 

@@ -11,7 +11,7 @@ from qat.objective import (
     Objective,
     OutputLoss,
     classification,
-    ends_in_softmax,
+    ends_in_probability,
     imitation,
     last_activation,
     objective,
@@ -103,6 +103,8 @@ def test_the_last_activation_is_found_in_nested_models_and_layers():
         (lambda x: layers.Identity()(layers.Activation("sigmoid")(x)), "sigmoid"),
         (lambda x: x * 2.0, ""),
         (layers.Activation("linear"), ""),
+        (layers.Activation(tf.nn.softmax), "softmax"),
+        (layers.Activation(tf.nn.sigmoid), "sigmoid"),
     ],
 )
 def test_the_last_activation_may_be_an_operator_or_lie_behind_a_cast(end, name):
@@ -112,12 +114,47 @@ def test_the_last_activation_may_be_an_operator_or_lie_behind_a_cast(end, name):
         assert last_activation(each.outputs[0]) in (name, *([] if name else ["linear"]))
 
 
+@pytest.mark.parametrize(
+    "activation, loss",
+    [
+        ("softmax", "sparse_categorical_crossentropy"),
+        ("softmax", "categorical_crossentropy"),
+        ("sigmoid", "binary_crossentropy"),
+    ],
+)
+def test_a_probability_that_is_rounded_to_0_has_a_gradient(activation, loss):
+    """Loss and gradient are those of the logits, whatever the grid of the output."""
+    net = model((3, activation))
+    net.layers[-1].set_weights([np.eye(4, 3) * 20, np.zeros(3)])
+    x = np.float32([[-1, 1, 0.5, 0.3], [1, -1, 0.25, -0.2]])
+    quantized = qat.calibrate(
+        qat.quantize_model(net, "w8a8"), tf.data.Dataset.from_tensors(np.tile(x, (8, 1)))
+    )
+    labels = np.array([0, 1])
+    targets = labels if loss.startswith("sparse") else np.eye(3, dtype=np.float32)[labels]
+    (function,) = objective(quantized, [loss]).losses()
+    assert (quantized(x).numpy()[[0, 1], labels] == 0).all()
+    before = quantized.get_layer(quantized.layers[-2].name).input  # the logits' codes
+    logits = tf_keras.Model(quantized.inputs, before)(x).numpy().astype(np.float64)
+    if activation == "softmax":
+        expected = np.log(np.exp(logits).sum(1)) - logits[[0, 1], labels]
+    else:
+        one_hot = np.eye(3)[labels]
+        expected = (np.log1p(np.exp(-np.abs(logits))) + np.maximum(logits, 0)).mean(1)
+        expected -= (logits * one_hot).mean(1)
+    with tf.GradientTape() as tape:
+        found = tf.reduce_mean(function(targets, quantized(x, training=True)))
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-4)
+    kernel = next(each for each in quantized.trainable_weights if "kernel" in each.name)
+    assert np.abs(tape.gradient(found, kernel)).max() > 0.05
+
+
 @pytest.mark.parametrize("activation", ["softmax", "linear"])
 def test_a_quantized_model_ends_as_its_float_one(activation):
     net = model((3, activation))
     flat = tf_keras.Model(net.inputs, layers.Reshape((3, 1))(net.outputs[0]))
     for each in (net, flat, qat.quantize_model(net, "w8a8"), qat.quantize_model(flat, "w4a4")):
-        assert ends_in_softmax(each) == (activation == "softmax")
+        assert ends_in_probability(each.outputs[0]) == (activation == "softmax")
 
 
 @pytest.mark.parametrize(

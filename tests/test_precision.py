@@ -147,8 +147,8 @@ def test_a_run_in_mixed_precision_gives_a_verified_file(name, dtype, tmp_path):
         model=name,
         recipe=Recipe.from_name("w4a4"),
         output_dir=tmp_path,
-        float_epochs=10,
-        qat_epochs=6,
+        float_epochs=25,
+        qat_epochs=10,
         mixed_precision=dtype,
     )
     report = pipeline.run(job)

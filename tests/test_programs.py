@@ -117,6 +117,15 @@ TRAIN_CALLS = {
     "float model of other images": ("--output_dir=new --float_model=wide.keras", "wide.keras 9"),
     "float model is quantized": ("--output_dir=new --float_model=qat.keras", "qat.keras quantized"),
     "float model with NaN": ("--output_dir=new --float_model=nan.keras", "NaN"),
+    "epochs of a given model": (
+        "--output_dir=new --float_model=float.keras --float_epochs=2",
+        "--float_epochs --float_model=float.keras",
+    ),
+    "rate of a given model": (
+        "--output_dir=new --float_model=float.keras --learning_rate=0.5",
+        "--learning_rate --float_model=float.keras",
+    ),
+    "files that may be no run's": ("--output_dir=run", "float_model.keras run.json"),
     "wrong dataset for an old run": ("--output_dir=run --dataset=digitz", "'digitz'"),
     "wrong recipe for an old run": ("--output_dir=run --recipe=layer.json", "conv9"),
     "wrong model for an old run": ("--output_dir=run --model=alexnet", "'alexnet'"),
@@ -160,6 +169,11 @@ QUANTIZE_CALLS = {
         "--model_path=float.keras --calibration_data=alone.npz --loss=mse --qat_epochs=1",
         "alone.npz --loss=mse",
     ),
+    "loss without targets, nothing to train": (
+        "--model_path=float.keras --calibration_data=alone.npz --loss=mse",
+        "alone.npz --loss=mse",
+    ),
+    "half open images": ("--model_path=half.keras --dataset=digits", "half.keras (8, None)"),
     "input_range turned": (
         "--model_path=float.keras --dataset=digits --input_range=1,0",
         "input_range 1.0 0.0",
@@ -177,6 +191,7 @@ EXPORT_CALLS = {
     "unknown io": ("--qat_model=qat.keras --output=new.tflite --io=int4", "io int4 uint8"),
     "folder missing": ("--qat_model=qat.keras --output=gone/new.tflite", "gone/new.tflite"),
     "output is a folder": ("--qat_model=qat.keras --output=run", "run"),
+    "output is the model": ("--qat_model=qat.keras --output=./qat.keras", "--output=./qat.keras"),
 }
 EVALUATE_CALLS = {
     "no file": ("", "tflite"),
@@ -268,6 +283,9 @@ def work(tmp_path_factory) -> pathlib.Path:
     float_model().save(folder / "float.keras")
     float_model(shape=(9, 8, 1)).save(folder / "wide.keras")
     with_nan(float_model()).save(folder / "nan.keras")
+    half_open = tf_keras.Input((8, None, 1))
+    pooled = tf_keras.layers.GlobalAveragePooling2D()(half_open)
+    tf_keras.Model(half_open, tf_keras.layers.Dense(10)(pooled)).save(folder / "half.keras")
     float_model(num_classes=7).save(folder / "seven.keras")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 8, 8, 1), np.uint8)

@@ -176,3 +176,12 @@ def test_the_summary_has_the_three_accuracies(tmp_path):
         assert part in text
     assert "integers match" in text and "float operators: none" in text
     assert "DIFFER" in qat_report.summary(report(integers_match=False))
+
+
+def test_losses_stand_where_accuracy_says_nothing(tmp_path):
+    none = {"float": None, "qat": None, "tflite": None}
+    loss = {"float": 0.25, "qat": 0.31249, "tflite": 12.5}
+    _, text = written(tmp_path, accuracy=none, loss=loss)
+    assert "| loss | 0.2500 | 0.3125 | 12.5000 |" in text
+    _, text = written(tmp_path)
+    assert "loss" not in text

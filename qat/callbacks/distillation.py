@@ -8,7 +8,7 @@ import tensorflow as tf
 import tf_keras
 
 from qat.callbacks.scheduled import Scheduled, hook_loss, unhook_loss
-from qat.objective import ends_in_softmax
+from qat.objective import ends_in_probability
 
 _SMALLEST_PROBABILITY = 1e-7  # as tf_keras clips them
 
@@ -51,8 +51,7 @@ class DistillationLoss(tf_keras.losses.Loss):
         self.from_logits = from_logits
 
     def call(self, y_true, y_pred):
-        y_true, y_pred = tf.convert_to_tensor(y_true), tf.cast(y_pred, tf.float32)
-        logits = y_pred if self.from_logits else _logits(y_pred)
+        y_true, logits = tf.convert_to_tensor(y_true), _logits(y_pred, self.from_logits)
         taught = y_true.shape.rank == 2 and y_true.shape[-1] == logits.shape[-1] + 1
         labels = y_true[:, 0] if y_true.shape.rank == 2 else y_true
         of_labels = tf.nn.sparse_softmax_cross_entropy_with_logits(
@@ -84,7 +83,7 @@ class Distillation(Scheduled):
     def __init__(self, teacher: tf_keras.Model):
         super().__init__()
         self.teacher = teacher
-        self._from_logits = not ends_in_softmax(teacher)
+        self._from_logits = not ends_in_probability(teacher.outputs[0])
         self._target = None
 
     def on_train_begin(self, logs=None):
@@ -95,8 +94,7 @@ class Distillation(Scheduled):
 
     def with_teacher(self, x, labels) -> tf.Tensor:
         """(batch, 1 + classes) float32: the label, the teacher's logits."""
-        output = tf.cast(self.teacher(x, training=False), tf.float32)
-        logits = output if self._from_logits else _logits(output)
+        logits = _logits(self.teacher(x, training=False), self._from_logits)
         labels = tf.reshape(tf.cast(labels, tf.float32), [-1, 1])
         return tf.stop_gradient(tf.concat([labels, logits], axis=-1))
 
@@ -106,6 +104,9 @@ class Distillation(Scheduled):
             self._target = None
 
 
-def _logits(probabilities: tf.Tensor) -> tf.Tensor:
-    """Logits of these probabilities."""
-    return tf.math.log(tf.maximum(probabilities, _SMALLEST_PROBABILITY))
+def _logits(output: tf.Tensor, are_logits: bool) -> tf.Tensor:
+    """The logits that an output is, or was made of, float32; else those of its probabilities."""
+    before = output if are_logits else getattr(output, "_keras_logits", None)
+    if before is not None:
+        return tf.cast(before, tf.float32)
+    return tf.math.log(tf.maximum(tf.cast(output, tf.float32), _SMALLEST_PROBABILITY))

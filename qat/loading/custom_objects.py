@@ -23,11 +23,14 @@ def parse_custom_objects(names: Iterable[str]) -> dict[str, Any]:
         if not (module and name):
             raise UserError(f"--custom_objects: need module:NAME, got {each!r}")
         try:
-            found[name] = getattr(_imported(module), name)
-        except ImportError as error:
-            raise UserError(f"--custom_objects: {module} cannot be imported: {error}") from error
-        except AttributeError as error:
-            raise UserError(f"--custom_objects: {module} has no {name!r}") from error
+            imported = _imported(module)
+        except Exception as error:  # whatever the user's code does
+            raise UserError(
+                f"--custom_objects: {module} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+        if not hasattr(imported, name):
+            raise UserError(f"--custom_objects: {module} has no {name!r}")
+        found[name] = getattr(imported, name)
     return found
 
 

@@ -7,9 +7,11 @@ Example:
 from __future__ import annotations
 
 import os
+import pathlib
 
 from absl import flags
 
+from qat.errors import UserError
 from qat.programs import program
 
 FLAGS = flags.FLAGS
@@ -35,6 +37,8 @@ def main() -> None:
     from qat.tflite_file import read_file
     from qat.verify import larq
 
+    if pathlib.Path(FLAGS.output).resolve() == pathlib.Path(FLAGS.qat_model).resolve():
+        raise UserError(f"--output={FLAGS.output} is the --qat_model itself; give another name")
     model = load_quantized_model(FLAGS.qat_model)
     path = export_tflite(
         model,

@@ -46,6 +46,9 @@ def run(main: Callable[[], int | None], description: str) -> None:
             _exit_with(error)
         except OSError as error:
             _exit_with(f"{error.filename or 'file system'}: {error.strerror or error}")
+        except Exception as error:
+            _exit_if_of_damaged_data(error)
+            raise
         except KeyboardInterrupt as interrupt:
             message = str(interrupt) or "what was written before is kept"
             number = getattr(interrupt, "number", signal.SIGINT)
@@ -57,6 +60,15 @@ def run(main: Callable[[], int | None], description: str) -> None:
 
 def _is_ours(module: str) -> bool:
     return module.startswith("qat.")
+
+
+def _exit_if_of_damaged_data(error: Exception) -> None:
+    """Data that is streamed is read during a training."""
+    from tensorflow.errors import DataLossError  # not for --help
+
+    if isinstance(error, DataLossError):
+        reason = error.message.partition("[[")[0]
+        _exit_with(f"a record of the dataset cannot be read, prepare it again: {reason}")
 
 
 def _exit_with(error: object) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from qat.errors import UserError
 from qat.programs import program, quantizing
 
 FLAGS = flags.FLAGS
@@ -35,6 +36,7 @@ def main() -> None:
     """Runs the job that the flags describe."""
     from qat import pipeline
 
+    _require_float_training()
     job = pipeline.Job(
         dataset=FLAGS.dataset,
         model=FLAGS.model,
@@ -44,6 +46,20 @@ def main() -> None:
         **quantizing.job_fields(),
     )
     quantizing.finish(pipeline.run(job))
+
+
+def _require_float_training() -> None:
+    if FLAGS.float_model is None:
+        return
+    for name, given in (
+        ("float_epochs", FLAGS.float_epochs),
+        ("learning_rate", FLAGS["learning_rate"].present),
+    ):
+        if given:
+            raise UserError(
+                f"--{name} is of the float training, which --float_model={FLAGS.float_model} "
+                "leaves out; for the quantized one there are --qat_epochs and --qat_learning_rate"
+            )
 
 
 def run() -> None:

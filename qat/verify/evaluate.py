@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from qat import data as qat_data
-from qat.tflite_file import FileError, read_file
+from qat.model_images import converts_channels, in_channels, in_range
+from qat.tflite_file import FileError, FileModel, read_file
 from qat.verify.interpreter import Runner
 from qat.verify.larq import open_runner
 
@@ -41,23 +43,21 @@ def evaluate_tflite(
         DataError: the dataset cannot be had, or does not fit the file.
     """
     file, runner = read_file(path), open_runner(path, threads=threads)
-    shape = tuple(int(n) for n in runner.inputs[0]["shape"])
-    if len(runner.inputs) != 1 or len(runner.outputs) != 1 or len(shape) != 4 or 0 in shape:
-        raise FileError(f"{path} is no image classifier: need one image input and one output")
-    size = shape[1:3]
-    if len(runner.outputs[0]["shape"]) != 2:
-        shape = tuple(map(int, runner.outputs[0]["shape"]))
-        raise FileError(f"{path} is no classifier: its output has shape {shape}")
+    _, *size, channels = _image_shape(runner)
     # Images of a damaged size may be huge.
     batch_size = min(BATCH_SIZE, max(1, MAX_PIXELS // math.prod(size)))
     batches, spec = qat_data.evaluation_split(
-        dataset, split, data_dir=data_dir, batch_size=batch_size, image_size=size
+        dataset, split, data_dir=data_dir, batch_size=batch_size, image_size=tuple(size)
     )
-    classes = int(runner.outputs[0]["shape"][-1])
-    if classes != spec.num_classes:
-        raise FileError(f"{path} tells {classes} classes apart, {spec.name} has {spec.num_classes}")
-    hits = np.concatenate([_hits(runner, _scaled(x, input_range), y.numpy()) for x, y in batches])
-    example = _scaled(next(iter(batches))[0], input_range)
+    _require_fit(runner, spec)
+    _warn_of_saturation(runner, input_range)
+
+    def inputs(x: tf.Tensor) -> np.ndarray:
+        return in_range(in_channels(x, channels), input_range).numpy()
+
+    middle = 0.5 if _ends_in_sigmoid(file) else 0.0
+    hits = np.concatenate([_hits(runner, inputs(x), y.numpy(), middle) for x, y in batches])
+    example = inputs(next(iter(batches))[0])
     return {
         "tflite": os.fspath(path),
         "dataset": spec.name,
@@ -73,12 +73,63 @@ def evaluate_tflite(
     }
 
 
-def _scaled(x: tf.Tensor, input_range: tuple[float, float]) -> np.ndarray:
-    low, high = input_range
-    return (x.numpy() / 255.0 * (high - low) + low).astype(np.float32)
+def _image_shape(runner: Runner) -> tuple[int, ...]:
+    """(examples, height, width, channels) of an image classifier."""
+    shape = tuple(int(n) for n in runner.inputs[0]["shape"])
+    if len(runner.inputs) != 1 or len(runner.outputs) != 1 or len(shape) != 4 or 0 in shape:
+        raise FileError(f"{runner.path} is no image classifier: need one image input and output")
+    if -1 in runner.inputs[0]["shape_signature"][1:]:
+        raise FileError(
+            f"{runner.path} leaves the size of its images open, "
+            f"{tuple(map(int, runner.inputs[0]['shape_signature']))}; export it for one size"
+        )
+    found = tuple(map(int, runner.outputs[0]["shape"]))
+    if len(found) != 2:
+        raise FileError(f"{runner.path} is no classifier: its output has shape {found}")
+    return shape
 
 
-def _hits(runner: Runner, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether each image gets its label."""
-    predicted = runner.run(images)[0].values
-    return predicted.argmax(1) == labels
+def _require_fit(runner: Runner, spec: qat_data.DatasetSpec) -> None:
+    classes, channels = int(runner.outputs[0]["shape"][-1]), int(runner.inputs[0]["shape"][-1])
+    if classes != spec.num_classes and (classes, spec.num_classes) != (1, 2):
+        raise FileError(
+            f"{runner.path} tells {classes} classes apart, {spec.name} has {spec.num_classes}"
+        )
+    if not converts_channels(spec.image_shape[-1], channels):
+        raise FileError(
+            f"{runner.path} takes images of {channels} channels, {spec.name} has "
+            f"{spec.image_shape[-1]}"
+        )
+
+
+def _warn_of_saturation(runner: Runner, input_range: tuple[float, float]) -> None:
+    detail = runner.inputs[0]
+    scale, zero_point = detail["quantization"]
+    if not np.issubdtype(detail["dtype"], np.integer) or not scale:
+        return
+    limits = np.iinfo(detail["dtype"])
+    low, high = ((code - zero_point) * scale for code in (limits.min, limits.max))
+    if min(input_range) < low - 2 * scale or max(input_range) > high + 2 * scale:
+        logging.warning(
+            "The input of %s holds %.4g to %.4g, and --input_range=%g,%g goes beyond: values there "
+            "are cut off. Give the range that the model was trained with.",
+            runner.path,
+            low,
+            high,
+            *input_range,
+        )
+
+
+def _ends_in_sigmoid(file: FileModel) -> bool:
+    """Whether the output is a LOGISTIC's, in whatever type."""
+    makers = {op.outputs[0].name: op for op in file.operators}
+    maker = makers.get(file.outputs[0].name)
+    while maker is not None and maker.name in ("QUANTIZE", "DEQUANTIZE", "RESHAPE"):
+        maker = makers.get(maker.inputs[0].name)
+    return maker is not None and maker.name == "LOGISTIC"
+
+
+def _hits(runner: Runner, images: np.ndarray, labels: np.ndarray, middle: float) -> np.ndarray:
+    """Whether each image gets its label. middle: above it one number for two classes means 1."""
+    values = runner.run(images)[0].values
+    return (values.argmax(1) if values.shape[1] > 1 else values[:, 0] > middle) == labels

@@ -35,14 +35,14 @@ class Output:
     def snr_db(self) -> float:
         """The model's signal, about its mean over the examples, against the file's difference.
 
-        About zero where nothing is left of it: of a single example, or of a constant output.
+        About zero where nothing is left of it: of a single example, or of a constant output. Beside
+        a model that gives zeros alone, a file that does not has some -3000 dB.
         """
         keras = self.keras.astype(np.float64)
         noise = np.square(keras - self.default).sum()
         signal = np.square(keras - keras.mean(axis=0)).sum() or np.square(keras).sum()
-        if not noise:
-            return float("inf")
-        return float(10 * np.log10(signal / noise)) if signal else float("-inf")
+        least = np.finfo(np.float64).tiny
+        return float(10 * np.log10(max(signal, least) / noise)) if noise else float("inf")
 
     def differences(self, reference: np.ndarray | None) -> dict[str, Difference]:
         """{pair: how far apart, in steps}; none for an output without a grid.
@@ -90,8 +90,10 @@ def run_all(
 
     Raises:
         FileError: the file cannot be run on the data, or its outputs are not the model's.
-        QatError: an empty dataset.
+        QatError: an empty dataset, or one without an end.
     """
+    if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        raise QatError("the dataset to verify on has no end; give dataset.take(n)")
     predict = predictor(model)
     from_file, from_model, labels, first = [], [], [], []
     for batch in dataset:
