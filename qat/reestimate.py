@@ -24,7 +24,11 @@ FEWEST = 32
 
 
 def reestimate_batch_norm(
-    model: tf_keras.Model, dataset: tf.data.Dataset, *, steps: int | None = 50
+    model: tf_keras.Model,
+    dataset: tf.data.Dataset,
+    *,
+    steps: int | None = 50,
+    fewest: int = FEWEST,
 ) -> tf_keras.Model:
     """Replaces the moving statistics of every batch normalization by averages over batches.
 
@@ -33,13 +37,13 @@ def reestimate_batch_norm(
     whose integers flip at every step; below 4 bits that costs whole points (arXiv 2203.11086,
     section 3.2). Kernels, ranges and layers that are not trainable or are called with
     `training=False` stay as they are. Batches are seen as in training: each batch normalization
-    normalizes with the batch's own statistics. Batches of fewer than 32 examples are therefore
-    joined; where all of them give a channel fewer than 32 values, its statistics stay, with a
-    warning.
+    normalizes with the batch's own statistics. Batches of too few examples are therefore joined;
+    where all of them give a channel too few values, its statistics stay, with a warning.
 
     Args:
         model: quantized; changed in place. dataset: batches of x or (x, y), preferably augmented as
-            in training. steps: (joined) batches to use, at most; None = all.
+            in training. steps: (joined) batches to use, at most; None = all. fewest: examples of a
+            batch, and values of a channel, that statistics are taken from.
 
     Returns:
         The model.
@@ -49,8 +53,9 @@ def reestimate_batch_norm(
         ModelError: activations that are not finite, or a nested model with batch normalizations
             that train, which would not be measured.
     """
-    most = None if steps is None else steps * FEWEST
-    measure_batch_norm(model, input_batches(functional(model), dataset, most), infer, steps)
+    most = None if steps is None else steps * fewest
+    batches = input_batches(functional(model), dataset, most)
+    measure_batch_norm(model, batches, infer, steps, fewest)
     return model
 
 
@@ -59,6 +64,7 @@ def measure_batch_norm(
     batches: Iterable[list[tf.Tensor]],
     visit: Visit,
     most: int | None = None,
+    fewest: int = FEWEST,
 ) -> None:
     """`reestimate_batch_norm` with all other layers called by `visit`.
 
@@ -70,9 +76,9 @@ def measure_batch_norm(
     measured = [call for call in calls(network) if _is_measured(call)]
     if not measured:
         return
-    batches = itertools.islice(_joined(batches), most)
+    batches = itertools.islice(_joined(batches, fewest), most)
     first = next(batches)
-    norms = _with_enough_values(measured, len(first[0]))
+    norms = _with_enough_values(measured, len(first[0]), fewest)
     if not norms:
         return
 
@@ -116,12 +122,12 @@ def _probe(
     return probe
 
 
-def _joined(batches: Iterable[list[tf.Tensor]]) -> Iterator[list[tf.Tensor]]:
-    """Consecutive batches of fewer than FEWEST examples as one; a rest joins the last one."""
+def _joined(batches: Iterable[list[tf.Tensor]], fewest: int) -> Iterator[list[tf.Tensor]]:
+    """Consecutive batches of too few examples as one; a rest joins the last one."""
     whole, parts = [], []
     for inputs in batches:
         parts.append(inputs)
-        if sum(len(part[0]) for part in parts) >= FEWEST:
+        if sum(len(part[0]) for part in parts) >= fewest:
             yield from whole
             whole, parts = [_concatenated(parts)], []
     yield _concatenated(whole + parts)
@@ -133,17 +139,19 @@ def _concatenated(parts: list[list[tf.Tensor]]) -> list[tf.Tensor]:
     )
 
 
-def _with_enough_values(measured: list[Call], examples: int) -> list[BatchNormalization]:
-    """The layers whose every call gives a channel FEWEST values or more; tells of the others."""
+def _with_enough_values(
+    measured: list[Call], examples: int, fewest: int
+) -> list[BatchNormalization]:
+    """The layers whose every call gives a channel enough values; tells of the others."""
     norms = {id(_inner(call)): _inner(call) for call in measured}
-    few = {id(_inner(call)) for call in measured if examples * _positions(call) < FEWEST}
+    few = {id(_inner(call)) for call in measured if examples * _positions(call) < fewest}
     if few:
         names = ", ".join(norms[number].name for number in norms if number in few)
         logging.warning(
             "batch normalizations keep their statistics, since %d examples are too few to measure "
             "them again (a channel needs %d values): %s",
             examples,
-            FEWEST,
+            fewest,
             names,
         )
     return [norm for number, norm in norms.items() if number not in few]

@@ -63,7 +63,7 @@ def test_every_tensor_of_every_architecture(name, recipe, tmp_path):
     options = {"width": 0.25} if "width" in parameters else {}
     network = models.build(name, (8, 8, 1), 5, **options)
     x = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.float32)
-    qat.reestimate_batch_norm(network, tf.data.Dataset.from_tensors(x), steps=1)
+    qat.reestimate_batch_norm(network, tf.data.Dataset.from_tensors(x), fewest=16)
     model = quantized(network, recipe, [x], input_range=(0, 255))
     path = qat.export_tflite(model, tmp_path / "model.tflite")
     assert_every_tensor_equals(path, x[:EXAMPLES])
