@@ -135,7 +135,8 @@ def load_arrays(
                 f"{flag}={path}: input {name!r} takes examples of shape {tuple(tensor.shape[1:])}, "
                 f"the file holds {array.shape[1:]}"
             )
-        if tensor.dtype.is_integer and (array != np.rint(array)).any():
+        holds_floats = array.dtype.kind == "f"
+        if tensor.dtype.is_integer and holds_floats and (array != np.rint(array)).any():
             raise ArrayError(
                 f"{flag}={path}: input {name!r} takes {tensor.dtype.name}, the file holds fractions"
             )

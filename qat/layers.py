@@ -104,7 +104,7 @@ class FakeQuantize(tf_keras.layers.Layer):
         if logits is not None:
             # Keras's losses go by the logits of a softmax or sigmoid, as of the float model. A
             # probability that is rounded to 0 has no gradient.
-            outputs._keras_logits = logits
+            outputs._keras_logits = tf.cast(logits, tf.float32)
         return outputs
 
     def _away_from_halves(self, inputs):
