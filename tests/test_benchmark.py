@@ -442,7 +442,9 @@ def test_peers_of_another_environment_train(peer, recipe, tmp_path):
     python = os.environ.get("QAT_PEER_PYTHON")
     if python is None:
         pytest.skip("set QAT_PEER_PYTHON to a Python that has qkeras and larq")
-    terms = dataclasses.replace(TERMS, float_epochs=5)
+    # Larq's kernels of ±1 have no scale of their own: batch normalization must give them one.
+    model = "cnn5:width=0.5" if peer == "larq" else "lenet"
+    terms = dataclasses.replace(TERMS, float_epochs=5, model=model)
     given = {"recipes": (recipe,), "peers": (peer,), "peer_python": python, "binary_epochs": 10}
     content = accuracy.run(plan(tmp_path, terms=terms, epochs=3, **given))
     found = [row for row in content["methods"] if row["source"] == peer]
