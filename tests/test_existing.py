@@ -191,6 +191,7 @@ def test_without_targets_it_learns_what_the_float_model_gives(files, tmp_path):
         folder, fields = tmp_path / str(rate), {"recipe": recipe, "qat_learning_rate": rate}
         loss = run(files, folder, *names, **fields, qat_epochs=1)["loss"]
         distance.append(loss["qat"] - loss["float"])
+    # Measured: 0.73 to 0.75 after 1, 3 and 15 epochs; 1 if nothing is learned.
     assert 0 < distance[1] < 0.85 * distance[0]
 
 

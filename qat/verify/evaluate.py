@@ -32,13 +32,15 @@ def evaluate_tflite(
     """Accuracy, latency (seconds an invocation) and operators of a classifier file.
 
     Args:
-        path: of the .tflite file; one image input, one vector of classes as output.
-        dataset, split, data_dir: as TFDS names them. Images are resized to the file's size.
+        path: of the .tflite file; one image input of a fixed size; as output one vector of classes,
+            or one number for two: above 1/2 behind a sigmoid, else above 0, it means the second.
+        dataset, split, data_dir: as TFDS names them. Images are resized to the file's size, grey
+            ones take three channels and colours one where the file wants that.
         input_range: what pixels 0 and 255 become; quantized inputs then follow the file's scale.
         threads: of the interpreter; None = all cores.
 
     Raises:
-        FileError: the file cannot be read or run, or is no image classifier.
+        FileError: the file cannot be read or run, or is no image classifier of one size.
         UserError: a file of target lce, and no Python with Larq's interpreter.
         DataError: the dataset cannot be had, or does not fit the file.
     """
